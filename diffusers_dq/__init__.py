@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Timestep-aware post-training quantization of diffusion transformers inside Hugging Face diffusers.
+
+Importing the package registers quant_method "diffusers_dq" with diffusers.
+"""
+
+from diffusers_dq.calibration import calibrate
+from diffusers_dq.config import DQConfig
+from diffusers_dq.methods import methods
+from diffusers_dq.quantize import quantize
+from diffusers_dq.quantizer import register
+from diffusers_dq.report import LinearReport, QuantizationReport, inspect
+from diffusers_dq.statistics import Statistics
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DQConfig",
+    "LinearReport",
+    "QuantizationReport",
+    "Statistics",
+    "calibrate",
+    "inspect",
+    "methods",
+    "quantize",
+]
+
+register()

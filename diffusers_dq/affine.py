@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scales, zero points and rounding: the only file of the package that rounds a tensor (the kernels have their own).
+
+`q = clamp(round(x / scale) + zero_point, qmin, qmax)` and `x ~ (q - zero_point) scale`, round half to even.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from diffusers_dq.scheme import QuantScheme
+
+RangeSearch = Literal["minmax", "mse"]
+
+SHRINK_STEPS = 80  # Q-Diffusion tries the ranges 1.00, 0.99, ... 0.21 of the full one,
+SHRINK_STEP = 0.01
+ERROR_POWER = 2.4  # and keeps the one with the least L2.4 error
+
+
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | int, scheme: QuantScheme) -> Tensor:
+    """int8 of x's shape. scale, zero_point: broadcastable to x."""
+    return torch.clamp(torch.round(x / scale) + zero_point, scheme.qmin, scheme.qmax).to(torch.int8)
+
+
+def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor | int = 0) -> Tensor:
+    return (q - zero_point) * scale
+
+
+def quantize_probability(p: Tensor, bits: int) -> Tensor:
+    """Values in [0, 1] as whole numbers 0 .. 2^bits - 1, in p's dtype."""
+    return torch.round(p * ((1 << bits) - 1))
+
+
+def affine_parameters(low: Tensor, high: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
+    """(scale fp32 > 0, zero_point int32) that cover [low, high], of low's shape.
+
+    The range is widened to hold zero, so that zero is exact. A symmetric scheme covers the larger of the two sides.
+    """
+    low, high = low.float().clamp(max=0), high.float().clamp(min=0)
+    tiny = torch.finfo(torch.float32).tiny
+    if scheme.symmetric:
+        scale = (torch.maximum(-low, high) / scheme.qmax).clamp(min=tiny)
+        return scale, torch.zeros_like(scale, dtype=torch.int32)
+    scale = ((high - low) / (scheme.qmax - scheme.qmin)).clamp(min=tiny)
+    zero_point = (scheme.qmin - torch.round(low / scale)).clamp(scheme.qmin, scheme.qmax)
+    return scale, zero_point.to(torch.int32)
+
+
+def search_range(x: Tensor, low: Tensor, high: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
+    """(scale, zero_point) a row of x: of 80 shrunken ranges, the one of least sum |x - x^|^2.4 (Q-Diffusion).
+
+    x: [R, n] fp32, the values or a sample of them.   low, high: [R], the full range.   Returns [R] fp32, [R] int32.
+    """
+    best_error = torch.full_like(low, torch.inf, dtype=torch.float32)
+    best_scale, best_zero = affine_parameters(low, high, scheme)
+    for step in range(SHRINK_STEPS):
+        shrink = 1 - SHRINK_STEP * step
+        scale, zero_point = affine_parameters(low * shrink, high * shrink, scheme)
+        rounded = dequantize(quantize(x, scale[:, None], zero_point[:, None], scheme), scale[:, None], zero_point[:, None])
+        error = (x - rounded).abs_().pow_(ERROR_POWER).sum(dim=1)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best_scale = torch.where(better, scale, best_scale)
+        best_zero = torch.where(better, zero_point, best_zero)
+    return best_scale, best_zero
+
+
+def weight_parameters(weight: Tensor, scheme: QuantScheme, search: RangeSearch) -> Tensor:
+    """Symmetric scale [N] fp32 of a weight [N, K], one an output channel."""
+    weight = weight.float()
+    low, high = weight.amin(dim=1), weight.amax(dim=1)
+    find = affine_parameters(low, high, scheme) if search == "minmax" else search_range(weight, low, high, scheme)
+    return find[0]

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The configuration that diffusers carries: what to do, and in a saved model also what was done."""
+
+import copy
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from fnmatch import fnmatchcase
+from typing import Any
+
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+
+from diffusers_dq.linear import NOT_ROUNDED
+from diffusers_dq.methods import Method
+from diffusers_dq.methods.base import make_method
+
+FORMAT_VERSION = 1
+WEIGHT_BITS = (4, 8, NOT_ROUNDED)
+ACTIVATION_BITS = (4, 5, 6, 7, 8, NOT_ROUNDED)
+
+
+class DQMethod(str, Enum):
+    """diffusers reads `quant_method.value`, so a plain string will not do."""
+
+    DIFFUSERS_DQ = "diffusers_dq"
+
+
+@dataclass(frozen=True)
+class Bits:
+    """Bits of a linear's weight and input; 16 is not rounded."""
+
+    weight: int
+    activation: int
+
+    def __post_init__(self) -> None:
+        if self.weight not in WEIGHT_BITS:
+            raise ValueError(f"weight_bits must be one of {WEIGHT_BITS} (16: not rounded), got {self.weight!r}")
+        if self.activation not in ACTIVATION_BITS:
+            raise ValueError(f"activation_bits must be one of {ACTIVATION_BITS} (16: not rounded), got {self.activation!r}")
+        if self.weight == NOT_ROUNDED and self.activation != NOT_ROUNDED:
+            raise ValueError(
+                f"weight_bits=16 with activation_bits={self.activation} has no integer product; round the weight too"
+                " (4 or 8), or set both to 16 to apply a method's transforms alone"
+            )
+
+
+@dataclass
+class DQConfig(QuantizationConfigMixin):
+    """How to quantize a diffusion transformer.
+
+    method: a name of `dq.methods()`.   weight_bits: 4, 8 or 16;   activation_bits: 4 to 8 or 16; 16 is not rounded, so
+        activation_bits=16 is weight-only, and 16 with 16 applies the method's transforms and rounds nothing.
+    modules_to_not_convert: a module whose dotted name contains one of these strings stays as it is; None is the
+        architecture's own list, [] converts every linear that the architecture's spec knows.
+    overrides: {glob over module names: {"weight_bits": ..., "activation_bits": ...}}; the last match wins.
+    quantize_attention: also round query, key, value and the probabilities of self-attention.
+    statistics: path of a `Statistics` file, for methods that need calibration.
+    options: the method's own, checked against its dataclass.
+
+    Raises TypeError for an unknown option, ValueError for an unknown method or bits out of range.
+    """
+
+    def __init__(
+        self,
+        method: str,
+        weight_bits: int = 8,
+        activation_bits: int = 8,
+        modules_to_not_convert: Sequence[str] | None = None,
+        overrides: Mapping[str, Mapping[str, int]] | None = None,
+        quantize_attention: bool = False,
+        statistics: str | os.PathLike[str] | None = None,
+        *,
+        result: Mapping[str, Any] | None = None,
+        format_version: int = FORMAT_VERSION,
+        quant_method: str = DQMethod.DIFFUSERS_DQ.value,
+        **options: Any,
+    ) -> None:
+        if quant_method != DQMethod.DIFFUSERS_DQ:
+            raise ValueError(f"quant_method is {quant_method!r}, a DQConfig's is {DQMethod.DIFFUSERS_DQ.value!r}")
+        if format_version > FORMAT_VERSION:
+            raise ValueError(
+                f"the model was saved in format {format_version}, this diffusers_dq reads up to {FORMAT_VERSION}:"
+                " upgrade diffusers_dq"
+            )
+        if isinstance(modules_to_not_convert, str):
+            raise ValueError(f"modules_to_not_convert must be a list of strings, got the string {modules_to_not_convert!r}")
+        self.quant_method = DQMethod.DIFFUSERS_DQ
+        self.format_version = format_version
+        self.method = method
+        self.weight_bits = weight_bits
+        self.activation_bits = activation_bits
+        self.modules_to_not_convert = None if modules_to_not_convert is None else list(modules_to_not_convert)
+        self.overrides = {glob: dict(bits) for glob, bits in (overrides or {}).items()}
+        self.quantize_attention = quantize_attention
+        self.statistics = None if statistics is None else os.fspath(statistics)
+        self.options = dict(options)
+        self.result = None if result is None else copy.deepcopy(dict(result))
+        self._check()
+
+    def _check(self) -> None:
+        self.make_method()
+        Bits(self.weight_bits, self.activation_bits)
+        for glob, bits in self.overrides.items():
+            unknown = set(bits) - {"weight_bits", "activation_bits"}
+            if unknown:
+                raise ValueError(f"overrides[{glob!r}] sets {sorted(unknown)}; it may set weight_bits and activation_bits")
+            self._overridden(Bits(self.weight_bits, self.activation_bits), bits)
+        if self.quantize_attention and self.activation_bits == NOT_ROUNDED:
+            raise ValueError("quantize_attention=True rounds to activation_bits, which is 16 (not rounded)")
+
+    def make_method(self) -> Method:
+        return make_method(self.method, self.options)
+
+    def bits_of(self, module: str) -> Bits:
+        bits = Bits(self.weight_bits, self.activation_bits)
+        for glob, override in self.overrides.items():
+            if fnmatchcase(module, glob):
+                bits = self._overridden(bits, override)
+        return bits
+
+    @staticmethod
+    def _overridden(bits: Bits, override: Mapping[str, int]) -> Bits:
+        return Bits(override.get("weight_bits", bits.weight), override.get("activation_bits", bits.activation))
+
+    def copy(self, **changes: Any) -> "DQConfig":
+        return DQConfig.from_dict({**self.to_dict(), **changes})
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able; `DQConfig(**config.to_dict())` is the same configuration. Options stand beside the rest."""
+        fields = copy.deepcopy(self.__dict__)
+        options = fields.pop("options")
+        fields["quant_method"] = self.quant_method.value
+        return {**{key: value for key, value in fields.items() if not key.startswith("_")}, **options}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Without the bulky record of results: what repr() shows."""
+        return {key: value for key, value in self.to_dict().items() if key != "result" and value not in (None, {})}
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        config = cls(**{**config_dict, **kwargs})
+        return (config, {}) if return_unused_kwargs else config
+
+    def __repr__(self) -> str:
+        return f"DQConfig {json.dumps(self.to_diff_dict(), indent=2, sort_keys=True)}"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, DQConfig) and self.to_dict() == other.to_dict()
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+__all__ = ["FORMAT_VERSION", "Bits", "DQConfig", "DQMethod"]

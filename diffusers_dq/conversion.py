@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turns a full-precision transformer into a quantized one: everything is built first, then put in place at once."""
+
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from diffusers_dq import attention, installation
+from diffusers_dq.building import build_linear
+from diffusers_dq.config import DQConfig
+from diffusers_dq.linear import QuantizedLinear
+from diffusers_dq.planning import Plan, make_plan
+from diffusers_dq.specs import SPECS, ModelSpec, spec_of, ungrouped
+from diffusers_dq.specs.base import GENERIC_NOT_CONVERTED, LinearGroup
+from diffusers_dq.statistics import Statistics
+from diffusers_dq.timesteps import TimestepGroups, boundary_table
+
+
+class Conversion:
+    """One model's way from plan to installed layers.
+
+    Nothing of the model changes before `finish`, so a failure anywhere earlier leaves it as it was. Memory meanwhile:
+    the model and its quantized weights.
+    """
+
+    def __init__(self, model: nn.Module, config: DQConfig, statistics: Statistics | None, dtype: torch.dtype) -> None:
+        self.model = model
+        self.config = config
+        self.dtype = dtype
+        self.descending = statistics is None or statistics.descending
+        self.spec = _spec(model, statistics)
+        self.plan: Plan = make_plan(model, self.spec, config.make_method(), config, statistics)
+        self.groups = TimestepGroups(len(self.plan.partitions))
+        self.layers: dict[str, QuantizedLinear] = {}
+
+    def build(self, name: str, linear: nn.Linear) -> QuantizedLinear:
+        """The layer that is to replace the linear of this name."""
+        plan = self.plan.linears[name]
+        partition = self.plan.partitions.index(plan.boundaries)
+        self.layers[name] = build_linear(linear, plan, partition, self.groups, self.dtype)
+        return self.layers[name]
+
+    def build_all(self, progress: bool) -> None:
+        names = [name for name in self.plan.linears if name not in self.layers]
+        for name in tqdm(names, desc="quantize", unit="linear", disable=not progress):
+            self.build(name, self.model.get_submodule(name))  # type: ignore[arg-type]
+
+    def finish(self) -> DQConfig:
+        """Install the layers; returns the configuration with its `result`, the one to save."""
+        model, plan = self.model, self.plan
+        tied = installation.identical(model, self.spec.duplicates)
+        boundaries = boundary_table(plan.partitions)
+        device = next(iter(self.layers.values())).weight.device if self.layers else "cpu"
+        notes = {name: linear.note for name, linear in plan.linears.items() if linear.note} | dict(plan.kept)
+        result = installation.describe(
+            self.layers, list(plan.attention), plan.attention_bits, boundaries, self.descending, tied, notes, self.dtype
+        )
+        config = self.config.copy(result=result, statistics=None)
+        installation.install(
+            model, self.layers, self.groups.to(device), boundaries.to(device), self.descending, tied
+        )
+        for name, scales in plan.attention.items():
+            attention.attach(model.get_submodule(name), plan.attention_bits, dict(scales), device)
+        return config
+
+
+def _spec(model: nn.Module, statistics: Statistics | None) -> ModelSpec:
+    """The architecture's, else the groups that calibration discovered, else each linear alone."""
+    if statistics is None or SPECS.get(type(model).__name__) is not None:
+        return spec_of(model)
+    groups = tuple(LinearGroup(site.linears) for site in statistics.sites.values() if site.linears)
+    reached = {linear for group in groups for linear in group.linears}
+    alone = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name not in reached]
+    return ModelSpec(groups=groups + ungrouped(alone).groups, not_converted=GENERIC_NOT_CONVERTED)
+
+
+def convert(
+    model: nn.Module, config: DQConfig, statistics: Statistics | None, *, dtype: torch.dtype, progress: bool
+) -> DQConfig:
+    """Quantize in place and return the configuration to save. The model is as it was if anything raises."""
+    conversion = Conversion(model, config, statistics, dtype)
+    conversion.build_all(progress)
+    return conversion.finish()

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drives a pipeline through its denoising steps as its user would, and says which timestep each forward is at."""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from torch import Tensor, nn
+
+Call = Mapping[str, Any]
+
+_TIMESTEP_NAMES = ("timestep", "timesteps")
+
+
+def denoiser(pipe_or_model: Any) -> ModelMixin:
+    """The transformer that denoises. Raises ValueError where there is none."""
+    if isinstance(pipe_or_model, DiffusionPipeline):
+        transformer = getattr(pipe_or_model, "transformer", None)
+        if not isinstance(transformer, nn.Module):
+            parts = ", ".join(sorted(pipe_or_model.components))
+            raise ValueError(
+                f"{type(pipe_or_model).__name__} has no transformer (its components: {parts}); diffusers_dq quantizes"
+                " diffusion transformers"
+            )
+        return transformer
+    if isinstance(pipe_or_model, ModelMixin):
+        return pipe_or_model
+    raise ValueError(f"expected a diffusers pipeline or transformer, got {type(pipe_or_model).__name__}")
+
+
+@dataclass(frozen=True)
+class TimestepArgument:
+    """Where a model's forward takes its timestep; read without `inspect`, so that torch.compile can trace it."""
+
+    name: str
+    position: int
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "TimestepArgument":
+        names = [name for name in inspect.signature(type(model).forward).parameters if name != "self"]
+        for position, name in enumerate(names):
+            if name in _TIMESTEP_NAMES:
+                return cls(name, position)
+        raise ValueError(
+            f"{type(model).__name__}.forward has no argument named {' or '.join(_TIMESTEP_NAMES)} (it takes"
+            f" {', '.join(names)}), so its denoising step cannot be known"
+        )
+
+    def read(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """The value passed, or None."""
+        return args[self.position] if self.position < len(args) else kwargs.get(self.name)
+
+
+@contextmanager
+def watching_timestep(model: nn.Module, on_forward: Callable[[float], None]) -> Iterator[None]:
+    """Call `on_forward(timestep)` before each forward. Where tokens differ, the largest timestep: the noisiest."""
+    argument = TimestepArgument.of(model)
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        value = argument.read(args, kwargs)
+        if value is None:
+            raise ValueError(f"{type(module).__name__} was called without a {argument.name}; pass one")
+        on_forward(float(value.float().amax()) if isinstance(value, Tensor) else float(value))
+
+    handle = model.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def check_calls(pipe: DiffusionPipeline, calls: Sequence[Call]) -> None:
+    """Raises TypeError or ValueError before anything runs where a call would not be accepted by `pipe(...)`."""
+    if isinstance(calls, Mapping) or not calls:
+        raise ValueError(f"calls must be a non-empty list of dicts, one a call of the pipeline; got {calls!r}")
+    signature = inspect.signature(pipe.__call__)
+    for i, call in enumerate(calls):
+        if "num_inference_steps" in call:
+            raise ValueError(f"calls[{i}] sets num_inference_steps; pass it to the function instead, for all calls")
+        try:
+            signature.bind_partial(**call)
+        except TypeError as error:
+            known = ", ".join(name for name in signature.parameters if name not in ("args", "kwargs"))
+            raise TypeError(f"calls[{i}]: {error}. {type(pipe).__name__} takes: {known}") from None
+
+
+def run_call(
+    pipe: DiffusionPipeline, call: Call, *, num_inference_steps: int, seed: int, **defaults: Any
+) -> Any:
+    """One `pipe(**call)` under a CPU generator, so that a seed means the same noise on every device.
+
+    defaults: further arguments, given where the pipeline knows them and the call does not set them.
+    Returns the images or frames of the output.
+    """
+    known = inspect.signature(pipe.__call__).parameters
+    arguments = {"generator": torch.Generator().manual_seed(seed), **defaults}
+    arguments = {name: value for name, value in arguments.items() if name in known} | dict(call)
+    return pipe(**arguments, num_inference_steps=num_inference_steps, return_dict=False)[0]
+
+
+@contextmanager
+def quiet(pipe: DiffusionPipeline) -> Iterator[None]:
+    """Without the pipeline's own progress bar, for the time being."""
+    before = getattr(pipe, "_progress_bar_config", None)
+    pipe.set_progress_bar_config(**{**(before or {}), "disable": True})
+    try:
+        yield
+    finally:
+        if before is None:
+            del pipe._progress_bar_config
+        else:
+            pipe._progress_bar_config = before

@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The quantized layer: integer weight, an input rounded to integers or not, one matrix product.
+
+Shapes: N out_features, K in_features, G timestep groups. The names of its tensors are the file format (design.md, 6).
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import diffusers_dq_kernels as ops
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from diffusers_dq.timesteps import TimestepGroups
+
+NOT_ROUNDED = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearLayout:
+    """Which tensors a QuantizedLinear has and how it computes: all that must be known before its weights are.
+
+    weight_bits, activation_bits: 16 is not rounded.   dynamic: the input scale is found at run time.
+    per_token: a dynamic scale a token, else one for the whole input.
+    bias_groups, range_groups, shift_groups: rows of the tables of biases, input scales and input shifts; 0 where there
+        is no such table (bias_groups 0: an ordinary bias or none), 1 where all groups share a row.
+    smooth: the input is divided by a vector online.   partition: which entry of TimestepGroups.index applies.
+    """
+
+    weight_bits: int
+    activation_bits: int
+    dynamic: bool = False
+    per_token: bool = False
+    bias_groups: int = 0
+    range_groups: int = 0
+    shift_groups: int = 0
+    smooth: bool = False
+    partition: int = 0
+
+    @property
+    def rounds_weight(self) -> bool:
+        return self.weight_bits < NOT_ROUNDED
+
+    @property
+    def rounds_input(self) -> bool:
+        return self.activation_bits < NOT_ROUNDED
+
+    @property
+    def static(self) -> bool:
+        return self.rounds_input and not self.dynamic
+
+    def to_dict(self) -> dict[str, Any]:
+        """Only what differs from the defaults: config.json holds one a linear."""
+        default = LinearLayout(weight_bits=0, activation_bits=0)
+        return {key: value for key, value in asdict(self).items() if value != getattr(default, key)}
+
+
+class QuantizedLinear(nn.Linear):
+    """y = dequantize(Q(T_g(x)) Q(W')^T) + b'_g, with T_g, W', b'_g as transforms/base.py defines them.
+
+    weight: Parameter, int8 [N, K], packed uint8 [N, K / 2] (packing.py), or floating point where not rounded.
+    bias: Parameter [N] or None; with timestep groups it gives way to `bias_groups` [G, N].
+    Buffers, fp32 (fp64 in an fp64 model) whatever the model is cast to: weight_scale [N]; input_scale [1 or G] and
+    input_zero_point int32 of a static scheme; input_inv_smooth [K] and input_shift [1 or G, K] of an online transform.
+    An `nn.Linear` by class, so that LoRA, offloading and skip lists find it.
+    """
+
+    bias_groups: Tensor | None
+    weight_scale: Tensor | None
+    input_scale: Tensor | None
+    input_zero_point: Tensor | None
+    input_inv_smooth: Tensor | None
+    input_shift: Tensor | None
+    weight_sum: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        layout: LinearLayout,
+        groups: TimestepGroups,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias=False, device="meta")
+        dtype = dtype or torch.get_default_dtype()
+        table = torch.promote_types(dtype, torch.float32)
+        self.layout = layout
+        self._groups = (groups,)  # in a tuple: shared by all layers, a submodule of none of them
+        self.weight = nn.Parameter(self._empty_weight(dtype, device), requires_grad=False)
+        if bias and not layout.bias_groups:
+            self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), requires_grad=False)
+
+        def buffer(name: str, shape: tuple[int, ...] | None, dtype: torch.dtype = table, keep: bool = True) -> None:
+            tensor = None if shape is None else torch.zeros(shape, dtype=dtype, device=device)
+            self.register_buffer(name, tensor, persistent=keep)
+
+        n, k = out_features, in_features
+        buffer("bias_groups", (layout.bias_groups, n) if layout.bias_groups else None)
+        buffer("weight_scale", (n,) if layout.rounds_weight else None)
+        buffer("input_scale", (layout.range_groups,) if layout.static else None)
+        buffer("input_zero_point", (layout.range_groups,) if layout.static else None, torch.int32)
+        buffer("input_inv_smooth", (k,) if layout.smooth else None)
+        buffer("input_shift", (layout.shift_groups, k) if layout.shift_groups else None)
+        buffer("weight_sum", (n,) if layout.static else None, torch.int32, keep=False)
+
+    def _empty_weight(self, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
+        n, k, bits = self.out_features, self.in_features, self.layout.weight_bits
+        if bits == 4:
+            return torch.empty(n, k // 2, dtype=torch.uint8, device=device)
+        return torch.empty(n, k, dtype=torch.int8 if self.layout.rounds_weight else dtype, device=device)
+
+    @property
+    def groups(self) -> TimestepGroups:
+        return self._groups[0]
+
+    def tables(self) -> Iterator[tuple[str, Tensor]]:
+        """The tensors that belong to the file besides weight and bias."""
+        for name, tensor in self.named_buffers(recurse=False):
+            if name not in self._non_persistent_buffers_set:
+                yield name, tensor
+
+    def integer_weight(self) -> Tensor:
+        """int8 [N, K]."""
+        return ops.unpack_int4(self.weight.data) if self.layout.weight_bits == 4 else self.weight.data
+
+    def finish_loading(self) -> None:
+        """Derive what is not stored: call after weight and tables have been set."""
+        if self.layout.static:
+            self.weight_sum = self.integer_weight().sum(dim=1, dtype=torch.int32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        group = self.groups.index.narrow(0, self.layout.partition, 1).to(x.device)
+        if not self.layout.rounds_input:
+            return self._weight_only(self._transform(x, group), group)
+        if not self.layout.dynamic:
+            return self._static(x, group)
+        if self.layout.per_token:
+            return self._per_token(x, group)
+        return self._per_tensor(x, group)
+
+    def _row(self, table: Tensor, group: Tensor) -> Tensor:
+        return table[0] if len(table) == 1 else table.index_select(0, group).squeeze(0)
+
+    def _transform(self, x: Tensor, group: Tensor) -> Tensor:
+        """The online form of T_g, in the tables' precision."""
+        if self.input_shift is None and self.input_inv_smooth is None:
+            return x
+        u = x.to(torch.promote_types(x.dtype, torch.float32))
+        if self.input_shift is not None:
+            u = u - self._row(self.input_shift, group)
+        if self.input_inv_smooth is not None:
+            u = u * self.input_inv_smooth
+        return u.to(x.dtype)
+
+    def _bias(self) -> Tensor | None:
+        return self.bias if self.bias_groups is None else self.bias_groups
+
+    def _weight_only(self, x: Tensor, group: Tensor) -> Tensor:
+        if self.layout.rounds_weight:
+            product = ops.linear_w4a16 if self.layout.weight_bits == 4 else ops.linear_w8a16
+            return product(x, self.weight, self.weight_scale, self._bias(), group)
+        if self.bias_groups is None:
+            return F.linear(x, self.weight, self.bias)
+        return F.linear(x, self.weight) + self._row(self.bias_groups, group).to(x.dtype)
+
+    def _static(self, x: Tensor, group: Tensor) -> Tensor:
+        xq = ops.quantize_static(
+            x,
+            self.input_scale,
+            self.input_zero_point,
+            group,
+            self.input_shift,
+            self.input_inv_smooth,
+            self.layout.activation_bits,
+        )
+        return self._static_product(xq, self.input_scale, self.input_zero_point, group, x.dtype)
+
+    def _static_product(
+        self, xq: Tensor, scale: Tensor | None, zero_point: Tensor | None, group: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        product = ops.linear_w4a8_static if self.layout.weight_bits == 4 else ops.linear_w8a8_static
+        return product(
+            xq, self.weight, self.weight_scale, self.weight_sum, scale, zero_point, self._bias(), group, dtype
+        )
+
+    def _per_token(self, x: Tensor, group: Tensor) -> Tensor:
+        xq, scale = ops.quantize_dynamic(
+            x, group, self.input_shift, self.input_inv_smooth, self.layout.activation_bits
+        )
+        product = ops.linear_w4a8_dynamic if self.layout.weight_bits == 4 else ops.linear_w8a8_dynamic
+        return product(xq, self.weight, self.weight_scale, scale, self._bias(), group, x.dtype)
+
+    def _per_tensor(self, x: Tensor, group: Tensor) -> Tensor:
+        """One scale for the whole input, found now: a per-token product whose tokens agree."""
+        u = self._transform(x, group)
+        qmax = (1 << (self.layout.activation_bits - 1)) - 1
+        scale = (u.abs().amax().float() / qmax).clamp(min=torch.finfo(torch.float32).tiny).reshape(1)
+        zero_point = torch.zeros(1, dtype=torch.int32, device=x.device)
+        xq = ops.quantize_static(u, scale, zero_point, group, None, None, self.layout.activation_bits)
+        product = ops.linear_w4a8_dynamic if self.layout.weight_bits == 4 else ops.linear_w8a8_dynamic
+        tokens = scale.expand(xq.shape[:-1])
+        return product(xq, self.weight, self.weight_scale, tokens, self._bias(), group, x.dtype)
+
+    def dequantized(self, dtype: torch.dtype) -> nn.Linear:
+        """An ordinary linear of the same function, up to the rounding that has happened.
+
+        Raises ValueError where the function depends on the timestep group, which no ordinary linear's does.
+        """
+        if max(self.layout.bias_groups, self.layout.shift_groups) > 1:
+            raise ValueError(
+                "its bias or shift switches with the timestep group, so it has no equivalent nn.Linear: load the"
+                " original checkpoint instead of dequantizing"
+            )
+        weight = self.weight.data
+        if self.weight_scale is not None:
+            weight = self.integer_weight().to(self.weight_scale.dtype) * self.weight_scale[:, None]
+        bias = self.bias if self.bias_groups is None else self.bias_groups[0]
+        if self.input_inv_smooth is not None:
+            weight = weight * self.input_inv_smooth
+        if self.input_shift is not None:
+            bias = (0 if bias is None else bias) - self.input_shift[0].to(weight.dtype) @ weight.T
+        linear = nn.Linear(self.in_features, self.out_features, bias=bias is not None, device="meta")
+        linear.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+        if bias is not None:
+            linear.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
+        return linear
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self.layout}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """Moves follow the module, casts do not reach the tables: a scale rounded to bf16 is another scale."""
+        tables = {name: tensor for name, tensor in self.tables() if tensor.is_floating_point()}
+        super()._apply(fn, recurse)
+        for name, tensor in tables.items():
+            moved = getattr(self, name)
+            if moved.dtype != tensor.dtype:
+                setattr(self, name, tensor.to(moved.device))
+        return self

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a method is: it chooses, for each group of linears, transforms, schemes and how ranges are found.
+
+Where a transform's two halves go, and the rounding itself, are the planner's (planning.py): no method repeats them.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from diffusers_dq.affine import RangeSearch
+from diffusers_dq.registry import Registry
+from diffusers_dq.scheme import QuantScheme
+from diffusers_dq.statistics import SiteStatistics
+from diffusers_dq.transforms import Chain
+
+
+@dataclass(frozen=True)
+class Site:
+    """A LinearGroup as a method sees it.
+
+    weights: [N, K] each, of the group's linears that are converted (without values while loading streams them).
+    statistics: of the group's input, where the method needs them and the input is ever rounded.
+    transformable: whether a change of its input can help: not where the input is never rounded.
+    has_producer: whether something upstream could carry a change.
+    """
+
+    name: str
+    weights: tuple[Tensor, ...]
+    statistics: SiteStatistics | None
+    transformable: bool
+    has_producer: bool
+
+    def weight_max(self) -> Tensor:
+        """[K] fp32, max over the rows of all the weights of |W[:, k]|."""
+        return torch.stack([weight.abs().amax(dim=0).float().cpu() for weight in self.weights]).amax(dim=0)
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What a method chose.   chains: by site name, none for a site left as it is."""
+
+    chains: Mapping[str, Chain]
+
+
+class Method(ABC):
+    """Subclasses set `Options` (a frozen keyword-only dataclass) and `summary`, and register under their name."""
+
+    Options: ClassVar[type]
+    summary: ClassVar[str]
+
+    def __init__(self, options: Any) -> None:
+        self.options = options
+
+    @property
+    @abstractmethod
+    def needs_statistics(self) -> bool:
+        """Whether `solve` or static ranges need calibration."""
+
+    @abstractmethod
+    def activation_scheme(self, bits: int) -> QuantScheme:
+        """How inputs are rounded, for bits <= 8."""
+
+    @property
+    def range_search(self) -> RangeSearch:
+        """How static ranges of weights and activations are found."""
+        return "minmax"
+
+    def range_boundaries(self, chain: Chain) -> tuple[float, ...]:
+        """Timestep partition of the static activation ranges of a site with this chain; () for one range."""
+        return ()
+
+    def solve(self, sites: Sequence[Site], timesteps: Tensor | None) -> Solution:
+        """Choose transforms.   timesteps: [S], in the order of denoising; None without statistics."""
+        return Solution({})
+
+
+METHODS: Registry[type[Method]] = Registry("method")
+
+
+def make_method(name: str, options: Mapping[str, Any]) -> Method:
+    """Raises ValueError for an unknown method, TypeError for an unknown option; both list the known ones."""
+    method = METHODS[name]
+    known = [field.name for field in fields(method.Options)]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise TypeError(f"method {name!r} has no option {', '.join(unknown)}; its options: {', '.join(known) or 'none'}")
+    return method(method.Options(**options))

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""HTG, Hierarchical Timestep Grouping (Ding et al., arXiv 2503.06930): static activations for every timestep.
+
+Shift each channel to its middle, one shift a group of similar timesteps; scale channels by an average over the steps;
+fold both into what comes before and after; then round, weights a channel and activations a tensor. Notation as in the
+paper: T steps from T (noisiest) to 1, z_t the shift of a step, G groups, s the scale.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from diffusers_dq.affine import RangeSearch
+from diffusers_dq.methods.base import METHODS, Method, Site, Solution
+from diffusers_dq.scheme import QuantScheme
+from diffusers_dq.timesteps import Boundaries, Linkage, boundaries_of, group_of, partition
+from diffusers_dq.transforms import Chain, Scale, Shift
+
+
+@dataclass(frozen=True, kw_only=True)
+class HTGOptions:
+    """groups: G; None is the paper's floor(T / 10), at least 1.
+    linkage: how steps are grouped: "optimal" (exact, by dynamic programming) or the paper's Algorithm 1 with "ward",
+        "average" or "centroid" distance.
+    scope: "model", one partition for all layers, or "layer", one a layer as the equations read.
+    ema: alpha of Eq. 7.   ema_steps: the T that alpha is meant for; with another T it becomes alpha^(ema_steps / T), so
+        that the first step keeps its weight. None is the paper's literal form, the same alpha for every T.
+    ranges: "model", one activation range for all timesteps, or "group", one a timestep group.
+    search: "mse", the least L2.4 error of 80 shrunken ranges (Q-Diffusion, as the paper), or "minmax".
+    online: also transform inputs that nothing upstream can carry (fc2), in the quantize step; None does so only for
+        an architecture of which no producer is known.
+    """
+
+    groups: int | None = None
+    linkage: Linkage = "optimal"
+    scope: Literal["model", "layer"] = "model"
+    ema: float = 0.99
+    ema_steps: int | None = 100
+    ranges: Literal["model", "group"] = "model"
+    search: RangeSearch = "mse"
+    online: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.groups is not None and self.groups < 1:
+            raise ValueError(f"groups must be at least 1, got {self.groups}")
+        if not 0 <= self.ema <= 1:
+            raise ValueError(f"ema must be between 0 and 1, got {self.ema}")
+        if self.ema_steps is not None and self.ema_steps < 1:
+            raise ValueError(f"ema_steps must be at least 1 or None, got {self.ema_steps}")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
+
+
+_CHOICES = {
+    "linkage": ("optimal", "ward", "average", "centroid"),
+    "scope": ("model", "layer"),
+    "ranges": ("model", "group"),
+    "search": ("mse", "minmax"),
+}
+
+
+@METHODS.register("htg")
+class HTG(Method):
+    Options: ClassVar[type] = HTGOptions
+    summary = "hierarchical timestep grouping: static activations, shifted a timestep group and scaled a channel"
+    options: HTGOptions
+
+    @property
+    def needs_statistics(self) -> bool:
+        return True
+
+    @property
+    def range_search(self) -> RangeSearch:
+        return self.options.search
+
+    def activation_scheme(self, bits: int) -> QuantScheme:
+        return QuantScheme(bits=bits, granularity="tensor", symmetric=False)
+
+    def range_boundaries(self, chain: Chain) -> Boundaries:
+        return chain.boundaries if self.options.ranges == "group" else ()
+
+    def solve(self, sites: Sequence[Site], timesteps: Tensor | None) -> Solution:
+        """Algorithm 2, steps 1 to 4, for every site; `timesteps` [T] in the order of denoising."""
+        if timesteps is None:
+            raise ValueError("htg needs statistics")
+        online = self.options.online
+        if online is None:
+            online = not any(site.has_producer for site in sites)
+        transformed = [site for site in sites if site.transformable and (site.has_producer or online)]
+        shifts = {site.name: _midpoints(site) for site in transformed}
+        boundaries = self._boundaries(shifts, timesteps)
+        chains = {
+            site.name: self._chain(site, shifts[site.name], timesteps, boundaries[site.name]) for site in transformed
+        }
+        return Solution(chains)
+
+    def _boundaries(self, shifts: dict[str, Tensor], timesteps: Tensor) -> dict[str, Boundaries]:
+        """Eq. 3 for each site, or once for all sites side by side, each in units of its own spread."""
+        ascending, order = timesteps.sort()
+        groups = self.options.groups or max(1, len(timesteps) // 10)
+
+        def cut(z: Tensor) -> Boundaries:
+            return boundaries_of(ascending, partition(z[order], groups, self.options.linkage))
+
+        if self.options.scope == "layer":
+            return {name: cut(z) for name, z in shifts.items()}
+        if not shifts:
+            return {}
+        together = cut(torch.cat([_normalized(z) for z in shifts.values()], dim=1))
+        return dict.fromkeys(shifts, together)
+
+    def _chain(self, site: Site, z: Tensor, timesteps: Tensor, boundaries: Boundaries) -> Chain:
+        group = group_of(timesteps, boundaries)  # [T]
+        z_bar = torch.stack([z[group == g].mean(0) for g in range(len(boundaries) + 1)])  # [G, K], Eq. 4
+        statistics = site.statistics
+        assert statistics is not None
+        high, low = statistics.maximum - z_bar[group], statistics.minimum - z_bar[group]
+        magnitude = torch.maximum(high, -low)  # [T, K], max |X~_t|: exact, no second pass
+        m = ema(magnitude, self._alpha(len(timesteps)))
+        return Chain((Shift(z_bar), Scale(balance(m, site.weight_max()))), boundaries)
+
+    def _alpha(self, steps: int) -> float:
+        reference = self.options.ema_steps
+        return self.options.ema if reference is None else self.options.ema ** (reference / steps)
+
+
+def _midpoints(site: Site) -> Tensor:
+    """z_t = (max X_t + min X_t) / 2, [T, K]   (Eq. 2)."""
+    assert site.statistics is not None
+    return (site.statistics.maximum + site.statistics.minimum) / 2
+
+
+def _normalized(z: Tensor) -> Tensor:
+    """In units of the site's own variation over the steps, so that no layer outvotes the rest by its units."""
+    spread = (z - z.mean(0)).square().mean().sqrt()
+    return z / spread.clamp(min=torch.finfo(z.dtype).tiny) if spread > 0 else torch.zeros_like(z)
+
+
+def ema(magnitude: Tensor, alpha: float) -> Tensor:
+    """m_T = max |X~_T|,  m_t = alpha m_{t+1} + (1 - alpha) max |X~_t|; returns m_1   (Eq. 7).
+
+    magnitude: [T, K] from noisiest to cleanest, absolute values (the paper prints max without the bars; after a shift
+    by the group's mean a channel is no longer symmetric).
+    """
+    m = magnitude[0]
+    for current in magnitude[1:]:
+        m = alpha * m + (1 - alpha) * current
+    return m
+
+
+def balance(m: Tensor, weight_max: Tensor) -> Tensor:
+    """s_i = sqrt(m_i / max |W_i|), [K]; 1 for a channel that is always zero or that no weight reads."""
+    dead = (m <= 0) | (weight_max <= 0)
+    return torch.where(dead, torch.ones_like(m), (m / weight_max.clamp(min=torch.finfo(m.dtype).tiny)).sqrt())

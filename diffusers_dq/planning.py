@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a method's choices to a plan for every linear. Nothing is changed here: building.py carries a plan out.
+
+Every transform is an affine change of a group's input, so a linear meets at most two kinds: the columns of its weight
+take the change of its own input, its rows the changes of what it produces. They commute: the order of layers is free.
+
+Notation: K in_features, G timestep groups, S calibrated steps, R tokens a step.
+"""
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from diffusers_dq import affine
+from diffusers_dq.attention import OPERANDS
+from diffusers_dq.config import Bits, DQConfig
+from diffusers_dq.linear import NOT_ROUNDED
+from diffusers_dq.methods import Method, Site, Solution
+from diffusers_dq.scheme import QuantScheme
+from diffusers_dq.specs import LinearGroup, ModelSpec, RowUpdate, ValueProjection
+from diffusers_dq.statistics import SiteStatistics, Statistics
+from diffusers_dq.timesteps import Boundaries, group_of, refine
+from diffusers_dq.transforms import Chain
+
+_MOST_VALUES = 1 << 18  # of a range search; beyond, its estimate no longer changes in three digits
+
+
+@dataclass(frozen=True)
+class InputRange:
+    """Static quantization of an input.   scale: [R] fp32, zero_point: [R] int32; R = 1, or a row a timestep group."""
+
+    scale: Tensor
+    zero_point: Tensor
+    boundaries: Boundaries = ()
+
+
+@dataclass(frozen=True)
+class LinearPlan:
+    """All that turns one nn.Linear into a QuantizedLinear.
+
+    chain: the change of its input.   online: made by the layer itself, not upstream.   note: why, where it might be.
+    rows: changes of its own output that groups downstream ask for, each with the partition of its offsets.
+    """
+
+    bits: Bits
+    scheme: QuantScheme | None = None
+    chain: Chain = Chain()
+    online: bool = False
+    rows: tuple[tuple[RowUpdate, Boundaries], ...] = ()
+    input_range: InputRange | None = None
+    search: affine.RangeSearch = "minmax"
+    note: str = ""
+
+    @property
+    def boundaries(self) -> Boundaries:
+        """The common refinement of every partition that some table of this linear follows."""
+        ranges = self.input_range.boundaries if self.input_range else ()
+        return refine(self.chain.boundaries, ranges, *(boundaries for _, boundaries in self.rows))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """linears: by module name.   kept: linear that stays in full precision -> reason.
+    attention: Attention module -> operand -> scale [1]."""
+
+    linears: Mapping[str, LinearPlan]
+    kept: Mapping[str, str] = field(default_factory=dict)
+    attention: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    attention_bits: int = 8
+
+    @property
+    def partitions(self) -> list[Boundaries]:
+        """Distinct partitions of all linears; always at least one."""
+        return sorted({plan.boundaries for plan in self.linears.values()}) or [()]
+
+
+def kept_in_full_precision(model: nn.Module, spec: ModelSpec, config: DQConfig) -> dict[str, str]:
+    """Linear -> why it stays as it is. Raises ValueError for a skip string or override that matches no linear."""
+    known = [linear for group in spec.groups for linear in group.linears]
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    skips = spec.not_converted if config.modules_to_not_convert is None else config.modules_to_not_convert
+    _check_matches(linears, config)
+    kept = {}
+    for name in linears:
+        skip = next((skip for skip in skips if skip in name), None)
+        bits = config.bits_of(name)
+        if skip is not None:
+            whose = "the architecture's" if config.modules_to_not_convert is None else "your"
+            kept[name] = f"{skip!r} is in {whose} modules_to_not_convert"
+        elif name not in known:
+            kept[name] = f"not among the linears that the spec of {type(model).__name__} knows"
+        elif bits.weight == 4 and model.get_submodule(name).in_features % 2:
+            kept[name] = "in_features is odd, and int4 packs two values of a row in a byte"
+    return kept
+
+
+def _check_matches(linears: Sequence[str], config: DQConfig) -> None:
+    for skip in config.modules_to_not_convert or ():
+        if not any(skip in name for name in linears):
+            raise ValueError(f"modules_to_not_convert: {skip!r} is part of no linear's name; names look like {linears[:3]}")
+    for glob in config.overrides:
+        if not fnmatch.filter(linears, glob):
+            raise ValueError(f"overrides: {glob!r} matches no linear; names look like {linears[:3]}")
+
+
+def make_plan(
+    model: nn.Module, spec: ModelSpec, method: Method, config: DQConfig, statistics: Statistics | None
+) -> Plan:
+    """Decide everything and change nothing.
+
+    Raises ValueError where the method needs statistics that are missing, of another model, or lack a layer.
+    """
+    if statistics is not None:
+        statistics.check_model(model)
+        statistics.check_finite()
+    elif method.needs_statistics:
+        raise ValueError(f"method {config.method!r} with these options needs statistics: calibrate first")
+    kept = kept_in_full_precision(model, spec, config)
+    plans = {
+        name: _first_plan(method, config.bits_of(name), weight_only=name in spec.weight_only)
+        for group in spec.groups
+        for name in group.linears
+        if name not in kept
+    }
+    groups = [group for group in spec.groups if any(name in plans for name in group.linears)]
+    seen = statistics if method.needs_statistics else None
+    sites = [_site(model, group, plans, spec, seen) for group in groups]
+    solution = method.solve(sites, None if statistics is None else statistics.timesteps)
+    for group, site in zip(groups, sites, strict=True):
+        _place(group, solution, site.weights[0].shape[1], config, plans)
+        if site.statistics is not None and statistics is not None:
+            _find_ranges(group, site.statistics, statistics.timesteps, method, solution, plans)
+    attention = _attention_scales(spec, config, statistics) if config.quantize_attention else {}
+    return Plan(plans, kept, attention, config.activation_bits)
+
+
+def _first_plan(method: Method, bits: Bits, weight_only: bool) -> LinearPlan:
+    if weight_only or bits.activation == NOT_ROUNDED:
+        note = "input is one vector a sample: weight only" if weight_only and bits.activation != NOT_ROUNDED else ""
+        return LinearPlan(replace(bits, activation=NOT_ROUNDED), search=method.range_search, note=note)
+    return LinearPlan(bits, method.activation_scheme(bits.activation), search=method.range_search)
+
+
+def _site(
+    model: nn.Module,
+    group: LinearGroup,
+    plans: Mapping[str, LinearPlan],
+    spec: ModelSpec,
+    statistics: Statistics | None,
+) -> Site:
+    """The group as its method sees it."""
+    linears = [model.get_submodule(name) for name in group.linears if name in plans]
+    weight_only = spec.weight_only.issuperset(group.linears)
+    return Site(
+        name=group.name,
+        weights=tuple(linear.weight.detach() for linear in linears),  # type: ignore[operator]
+        statistics=None if statistics is None or weight_only else _statistics_of(group, statistics),
+        transformable=not weight_only,
+        has_producer=group.producer is not None,
+    )
+
+
+def _statistics_of(group: LinearGroup, statistics: Statistics) -> SiteStatistics:
+    site = statistics.sites.get(group.name)
+    if site is None or not site.visited.any():
+        raise ValueError(
+            f"{group.name} was never reached during calibration, so its input is unknown; calibrate with calls that use"
+            " it, or add it to modules_to_not_convert"
+        )
+    unvisited = (~site.visited).nonzero().flatten().tolist()
+    if unvisited:
+        steps = ", ".join(f"{float(statistics.timesteps[i]):g}" for i in unvisited[:5])
+        raise ValueError(
+            f"{group.name} was not reached at the timesteps {steps}; calibrate with calls that use it there, or add it to"
+            " modules_to_not_convert"
+        )
+    return site
+
+
+def _place(
+    group: LinearGroup, solution: Solution, channels: int, config: DQConfig, plans: dict[str, LinearPlan]
+) -> None:
+    """Give the group's chain to its linears, and its upstream half to the producer or to the quantize step."""
+    chain = solution.chains.get(group.name)
+    if chain is None:
+        return
+    obstacle = _obstacle(group, chain, config, plans)
+    for name in group.linears:
+        if name in plans:
+            plans[name] = replace(plans[name], chain=chain, online=obstacle is not None, note=obstacle or plans[name].note)
+    if obstacle is None and group.producer is not None:
+        updates = tuple((update, chain.boundaries) for update in group.producer.updates(chain, channels))
+        producer = plans[group.producer.linear]
+        plans[group.producer.linear] = replace(producer, rows=producer.rows + updates)
+
+
+def _obstacle(
+    group: LinearGroup, chain: Chain, config: DQConfig, plans: Mapping[str, LinearPlan]
+) -> str | None:
+    """Why the chain cannot be carried upstream, or None."""
+    producer = group.producer
+    if producer is None:
+        return "transformed online: nothing upstream can carry it"
+    if producer.linear not in plans:
+        return f"transformed online: {producer.linear}, which would carry it, stays in full precision"
+    left = [name for name in group.linears if name not in plans]
+    if left:
+        return f"transformed online: {left[0]} reads the same input and stays in full precision"
+    if config.quantize_attention and isinstance(producer, ValueProjection):
+        return "transformed online: rows of quantized attention probabilities do not sum to one"
+    if not producer.can_carry(chain):
+        return f"transformed online: {producer.linear} cannot carry such a transform"
+    return None
+
+
+def _find_ranges(
+    group: LinearGroup,
+    site: SiteStatistics,
+    timesteps: Tensor,
+    method: Method,
+    solution: Solution,
+    plans: dict[str, LinearPlan],
+) -> None:
+    """Static input ranges; linears of a group that agree on the scheme share one search."""
+    chain = solution.chains.get(group.name, Chain())
+    found: dict[QuantScheme, InputRange] = {}
+    for name in group.linears:
+        scheme = plans[name].scheme if name in plans else None
+        if scheme is None or scheme.dynamic:
+            continue
+        if scheme not in found:
+            boundaries = method.range_boundaries(chain)
+            found[scheme] = static_range(site, timesteps, chain, scheme, method.range_search, boundaries)
+        plans[name] = replace(plans[name], input_range=found[scheme])
+
+
+def static_range(
+    site: SiteStatistics,
+    timesteps: Tensor,
+    chain: Chain,
+    scheme: QuantScheme,
+    search: affine.RangeSearch,
+    boundaries: Boundaries = (),
+) -> InputRange:
+    """Per-tensor range of the transformed input u = T_g(x): one for all timesteps, or one a group of `boundaries`."""
+    group = group_of(timesteps, chain.boundaries)
+    low = chain.forward(site.minimum, group).amin(dim=1)  # [S]; the transforms here keep the order of values
+    high = chain.forward(site.maximum, group).amax(dim=1)
+    tokens = chain.forward(site.tokens.float(), group)  # [S, R, K]
+    range_group = group_of(timesteps, boundaries)
+    parameters = []
+    for g in range(len(boundaries) + 1):
+        steps = range_group == g
+        full = low[steps].amin(dim=0, keepdim=True), high[steps].amax(dim=0, keepdim=True)
+        if search == "minmax":
+            parameters.append(affine.affine_parameters(*full, scheme))
+        else:
+            values = tokens[steps].flatten()
+            values = values[:: -(-len(values) // _MOST_VALUES)]
+            parameters.append(affine.search_range(values[None], *full, scheme))
+    scale, zero_point = (torch.cat(parts) for parts in zip(*parameters, strict=True))
+    return InputRange(scale, zero_point, boundaries)
+
+
+def _attention_scales(
+    spec: ModelSpec, config: DQConfig, statistics: Statistics | None
+) -> dict[str, dict[str, Tensor]]:
+    if statistics is None:
+        raise ValueError("quantize_attention=True needs statistics (query, key and value have static ranges)")
+    if not spec.attention:
+        raise ValueError("quantize_attention=True: no spec of this architecture says where its self-attention is")
+    scheme = QuantScheme(bits=config.activation_bits, granularity="tensor")
+    scales: dict[str, dict[str, Tensor]] = {}
+    for site in spec.attention:
+        scales[site.module] = {
+            operand: static_range(
+                statistics.sites[f"{linear}:output"], statistics.timesteps, Chain(), scheme, "mse"
+            ).scale
+            for operand, linear in zip(OPERANDS, (site.query, site.key, site.value), strict=True)
+        }
+    return scales

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`dq.quantize`: a pipeline's transformer, in place."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from diffusers_dq.calibration import calibrate
+from diffusers_dq.config import DQConfig
+from diffusers_dq.conversion import convert
+from diffusers_dq.denoise import Call, denoiser
+from diffusers_dq.quantizer import DQQuantizer, model_dtype
+from diffusers_dq.report import QuantizationReport, inspect
+from diffusers_dq.statistics import Statistics
+
+
+def quantize(
+    pipe_or_transformer: Any,
+    config: DQConfig | None = None,
+    *,
+    statistics: Statistics | str | os.PathLike[str] | None = None,
+    calls: Sequence[Call] | None = None,
+    num_inference_steps: int | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> QuantizationReport:
+    """Quantize the transformer of a pipeline, or a transformer, in place; report what each linear became.
+
+    config: may be left out for a model that was loaded *prepared*, which brings its own.
+    statistics: from `dq.calibrate`, or their path; else the config's path, else what `dq.calibrate` left on a prepared
+        model. With `calls` and `num_inference_steps` (as `dq.calibrate` takes them) it calibrates first.
+
+    It finishes or leaves the model as it was. Raises ValueError where the method needs statistics and has none, or they
+    are of another model; where the model is quantized already; where a skip string or override matches no linear.
+    """
+    model = denoiser(pipe_or_transformer)
+    if getattr(model, "is_quantized", False):
+        raise ValueError(f"the {type(model).__name__} is quantized already; load the full-precision model to do it again")
+    quantizer = getattr(model, "hf_quantizer", None)
+    prepared = quantizer if isinstance(quantizer, DQQuantizer) else None
+    config = config or (prepared.quantization_config if prepared else None)
+    if config is None:
+        raise ValueError("quantize needs a config: dq.DQConfig(method=...); only a model loaded as prepared brings one")
+    if config.result is not None:
+        config = config.copy(result=None)  # taken from a quantized model: do the same again
+    if calls is not None:
+        statistics = _calibrate_first(pipe_or_transformer, calls, num_inference_steps, seed, progress)
+    statistics = statistics if statistics is not None else config.statistics
+    if statistics is None and prepared is not None:
+        statistics = prepared.statistics
+    if isinstance(statistics, (str, os.PathLike)):
+        statistics = Statistics.load(statistics)
+    with torch.no_grad():
+        done = convert(model, config, statistics, dtype=model_dtype(model), progress=progress)
+    (prepared or DQQuantizer(done)).adopt(model, done)
+    return inspect(model)
+
+
+def _calibrate_first(
+    pipe: Any, calls: Sequence[Call], num_inference_steps: int | None, seed: int, progress: bool
+) -> Statistics:
+    if not isinstance(pipe, DiffusionPipeline):
+        raise ValueError("calls are calls of a pipeline; give quantize the pipeline, not its transformer alone")
+    if num_inference_steps is None:
+        raise ValueError("calls need num_inference_steps, the denoising steps of each call")
+    return calibrate(pipe, calls, num_inference_steps=num_inference_steps, seed=seed, progress=progress)

@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The hooks that diffusers calls while it loads and saves a model: no arithmetic, only who is asked what and when."""
+
+import copy
+import logging
+from typing import Any
+
+import torch
+from accelerate.utils import set_module_tensor_to_device
+from diffusers.configuration_utils import FrozenDict
+from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from diffusers.quantizers.base import DiffusersQuantizer
+from torch import Tensor, nn
+
+from diffusers_dq import installation
+from diffusers_dq.config import DQConfig, DQMethod
+from diffusers_dq.conversion import Conversion, convert
+from diffusers_dq.linear import QuantizedLinear
+from diffusers_dq.statistics import Statistics
+
+logger = logging.getLogger(__name__)
+
+
+class DQQuantizer(DiffusersQuantizer):
+    """One model's quantizer, in one of four roles that follow from its config and what it is given.
+
+    - a saved quantized model is loaded: layers are laid out first, tensors fill them as they come;
+    - a full-precision model is quantized weight by weight while it loads (methods that need no statistics);
+    - a full-precision model is loaded, then quantized (config has a statistics path);
+    - a full-precision model is loaded and left *prepared* (statistics are needed, none are given): `dq.calibrate(pipe)`
+      and `dq.quantize(pipe)` finish it, and saving it before is an error.
+    """
+
+    use_keep_in_fp32_modules = True
+    quantization_config: DQConfig
+    statistics: Statistics | None = None
+
+    def __init__(self, quantization_config: DQConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        # from_single_file claims every model to be quantized already: what is true is in the config.
+        self.pre_quantized = quantization_config.result is not None
+        self.prepared = False
+        self._conversion: Conversion | None = None
+        self._dtype: torch.dtype | None = None
+        self._loaded_keys: set[str] | None = None
+
+    # Before loading
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Called twice, the second time with the resolved device map."""
+        places = device_map.values() if isinstance(device_map, dict) else ()
+        if "disk" in places:
+            raise ValueError(
+                "device_map puts parts of the model on disk, where diffusers bypasses quantizers; give it more memory"
+                " (max_memory) or use offloading hooks after loading"
+            )
+
+    def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype | None:
+        """A saved model comes back in the dtype it was saved in, unless the caller wants another."""
+        result = self.quantization_config.result
+        if torch_dtype is None and result is not None:
+            torch_dtype = getattr(torch, result["dtype"])
+        self._dtype = torch_dtype
+        return torch_dtype
+
+    def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
+        self._loaded_keys = set(loaded_keys)
+        return loaded_keys
+
+    @property
+    def supports_parallel_loading(self) -> bool:
+        return self.pre_quantized  # else layers are swapped while the shards are read
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        config = self.quantization_config
+        if self.pre_quantized:
+            assert config.result is not None
+            installation.install_skeleton(model, config.result)
+            return
+        needs_statistics = config.make_method().needs_statistics or config.quantize_attention
+        self.prepared = needs_statistics and config.statistics is None
+        if not needs_statistics:
+            self._conversion = Conversion(model, config, None, self._dtype or torch.float32)
+
+    # While tensors arrive
+
+    def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
+        return [key for key in missing_keys if not self._is_tied_copy(key)]
+
+    def _is_tied_copy(self, key: str) -> bool:
+        tied = (self.quantization_config.result or {}).get("tied", {})
+        return any(key.startswith(f"{name}.") for name in tied)
+
+    def check_if_quantized_param(
+        self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
+    ) -> bool:
+        if self.pre_quantized:
+            return installation.is_own(model, param_name)
+        return self._conversion is not None and self._linear_of(param_name) in self._conversion.plan.linears
+
+    @staticmethod
+    def _linear_of(param_name: str) -> str:
+        return param_name.removesuffix(".weight") if param_name.endswith(".weight") else ""
+
+    def check_quantized_param_shape(self, param_name: str, current_param: Tensor, loaded_param: Tensor) -> bool:
+        raise ValueError(
+            f"{param_name} has shape {tuple(loaded_param.shape)} in the file, config.json says"
+            f" {tuple(current_param.shape)}: the file is damaged or not the one that belongs to this config"
+        )
+
+    def create_quantized_param(
+        self,
+        model: nn.Module,
+        param_value: Tensor,
+        param_name: str,
+        target_device: Any,
+        state_dict: dict[str, Any],
+        unexpected_keys: list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """`param_value` has been cast to the model's dtype by now; the tensor of the file is in `state_dict`."""
+        value = state_dict[param_name]
+        if self.pre_quantized:
+            expected = _tensor(model, param_name)
+            if value.dtype != expected.dtype:
+                raise ValueError(f"{param_name} is {value.dtype} in the file, expected {expected.dtype}: the file is damaged")
+            set_module_tensor_to_device(model, param_name, target_device, value=value)
+            return
+        assert self._conversion is not None
+        name = self._linear_of(param_name)
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        loaded = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
+        loaded.weight = nn.Parameter(value.to(target_device), requires_grad=False)
+        loaded.bias = linear.bias  # on meta still, or loaded already; loading goes on by name
+        model.set_submodule(name, self._conversion.build(name, loaded))
+
+    # After loading
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        config = self.quantization_config
+        if self.pre_quantized:
+            self._check_complete(model)
+            for module in model.modules():
+                if isinstance(module, QuantizedLinear):
+                    module.finish_loading()
+            device = next(p.device for p in model.parameters())
+            getattr(model, installation.GROUPS).to(device)
+        elif self.prepared:
+            model.is_quantized = False  # type: ignore[assignment]  # its weights are still as they were
+            logger.warning(
+                "%s is loaded in full precision, prepared for method %r: run dq.calibrate(pipe, ...) and dq.quantize(pipe)",
+                type(model).__name__,
+                config.method,
+            )
+        elif self._conversion is not None:
+            self.adopt(model, self._conversion.finish())
+            self._conversion = None
+        else:
+            assert config.statistics is not None
+            statistics = Statistics.load(config.statistics)
+            self.adopt(model, convert(model, config, statistics, dtype=model_dtype(model), progress=False))
+        return model
+
+    def adopt(self, model: nn.Module, config: DQConfig) -> None:
+        """The model is quantized as `config.result` says: be its quantizer."""
+        self.quantization_config = config
+        self.pre_quantized, self.prepared, self.statistics = True, False, None
+        model.hf_quantizer = self  # type: ignore[assignment]
+        model.is_quantized = True  # type: ignore[assignment]
+        model.quantization_method = DQMethod.DIFFUSERS_DQ  # type: ignore[assignment]
+        dtype = str(model_dtype(model)).removeprefix("torch.")
+        model.register_to_config(quantization_config=config, _pre_quantization_dtype=dtype)  # type: ignore[operator]
+
+    def _check_complete(self, model: nn.Module) -> None:
+        """diffusers leaves missing tensors on the meta device and skips extra ones without a word."""
+        expected = model.state_dict()
+        missing = sorted(name for name, tensor in expected.items() if tensor.device.type == "meta")
+        ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
+        extra = sorted((self._loaded_keys or set()) - expected.keys())
+        extra = [key for key in extra if not any(pattern in key for pattern in ignored)]
+        if missing or extra:
+            raise ValueError(
+                f"the file does not hold the tensors that config.json describes: {len(missing)} missing"
+                f" ({', '.join(missing[:3])}), {len(extra)} extra ({', '.join(extra[:3])}); it is damaged or belongs to"
+                " another model"
+            )
+
+    # Saving and leaving
+
+    @property
+    def is_serializable(self) -> bool:
+        """Raises ValueError for a prepared model: there is nothing quantized to save yet."""
+        if self.prepared:
+            raise ValueError(
+                f"the model is prepared for {self.quantization_config.method!r} but not quantized; run dq.calibrate(pipe,"
+                " ...) and dq.quantize(pipe) before saving it"
+            )
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    def get_state_dict_and_metadata(
+        self, state_dict: dict[str, Any], safe_serialization: bool = False
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Without the copies of tied modules, which the file holds once."""
+        if not safe_serialization:
+            raise ValueError("a quantized model is saved with safe_serialization=True only: nothing here is unpickled")
+        kept = {key: value for key, value in state_dict.items() if not self._is_tied_copy(key)}
+        return kept, {"diffusers_dq_format": str(self.quantization_config.format_version)}
+
+    def _dequantize(self, model: nn.Module) -> nn.Module:
+        """Ordinary linears again, with what rounding has left; refused, before anything changes, where the timestep
+        group has become part of the function."""
+        dtype = model_dtype(model)
+        linears = {}
+        for name, module in model.named_modules():
+            if isinstance(module, QuantizedLinear):
+                try:
+                    linears[name] = module.dequantized(dtype)
+                except ValueError as error:
+                    raise ValueError(f"cannot dequantize {name}: {error}") from None
+        installation.uninstall(model, self.quantization_config.result or {})
+        for name, linear in linears.items():
+            model.set_submodule(name, linear)
+        private = ("quantization_config", "_pre_quantization_dtype")
+        model._internal_dict = FrozenDict(  # type: ignore[assignment]
+            {key: value for key, value in model.config.items() if key not in private}  # type: ignore[union-attr,operator]
+        )
+        return model
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "DQQuantizer":
+        twin = copy.copy(self)
+        twin.quantization_config = copy.deepcopy(self.quantization_config, memo)
+        return twin
+
+
+def model_dtype(model: nn.Module) -> torch.dtype:
+    """Of the floating-point parameters that no quantizer owns."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def _tensor(model: nn.Module, name: str) -> Tensor:
+    owner, _, leaf = name.rpartition(".")
+    tensor: Tensor = getattr(model.get_submodule(owner), leaf)
+    return tensor
+
+
+def register() -> None:
+    """Make diffusers know us. Its two dictionaries are the only way in: there is no entry point (0.42)."""
+    key = DQMethod.DIFFUSERS_DQ.value
+    for mapping, entry in ((AUTO_QUANTIZER_MAPPING, DQQuantizer), (AUTO_QUANTIZATION_CONFIG_MAPPING, DQConfig)):
+        known = mapping.setdefault(key, entry)
+        if known is not entry:
+            raise ImportError(f"diffusers already knows a quantizer {key!r}: {known}; two packages cannot both be it")

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each linear of a model became, how many bytes it takes, which kernel runs it, and why any was left alone."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers_dq_kernels as ops
+from diffusers import AutoModel
+from torch import nn
+
+from diffusers_dq.denoise import denoiser
+from diffusers_dq.linear import LinearLayout, QuantizedLinear
+
+
+@dataclass(frozen=True)
+class LinearReport:
+    """One linear.   bits: as W4A8; granularity: of the activation scale; groups: rows of its tables of biases.
+
+    nbytes: of all its tensors in the file.   backend: the kernel that runs it on the device it is on.
+    reason: why it is in full precision, takes a slow path or is transformed online; "" if nothing is to say.
+    """
+
+    name: str
+    bits: str
+    granularity: str
+    groups: int
+    nbytes: int
+    backend: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class QuantizationReport:
+    """Printed, it is a table with a line a linear."""
+
+    method: str
+    linears: tuple[LinearReport, ...]
+
+    @property
+    def quantized(self) -> tuple[LinearReport, ...]:
+        return tuple(row for row in self.linears if row.bits != "full")
+
+    @property
+    def kept(self) -> dict[str, str]:
+        """Linears in full precision -> the reason."""
+        return {row.name: row.reason for row in self.linears if row.bits == "full"}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(row.nbytes for row in self.linears)
+
+    def __str__(self) -> str:
+        header = ("linear", "bits", "activation", "groups", "bytes", "backend", "note")
+        rows = [
+            (row.name, row.bits, row.granularity, str(row.groups), f"{row.nbytes:,}", row.backend, row.reason)
+            for row in self.linears
+        ]
+        widths = [max(len(line[i]) for line in (header, *rows)) for i in range(len(header))]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in (header, *rows)]
+        summary = (
+            f"{self.method}: {len(self.quantized)} of {len(self.linears)} linears quantized, {self.nbytes:,} bytes in all"
+        )
+        return "\n".join([*lines, summary])
+
+
+def inspect(model_or_path: Any) -> QuantizationReport:
+    """What each linear of a quantized pipeline, transformer, or folder with one (`transformer/` or itself) is.
+
+    Raises ValueError where there is no transformer, FileNotFoundError where there is no such folder.
+    """
+    if isinstance(model_or_path, (str, os.PathLike)):
+        folder = Path(model_or_path)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"no folder {folder}; expected a saved pipeline or transformer")
+        model = AutoModel.from_pretrained(folder / "transformer" if (folder / "transformer").is_dir() else folder)
+    else:
+        model = denoiser(model_or_path)
+    config = model.config.get("quantization_config")
+    result = getattr(config, "result", None) or {}
+    notes = result.get("notes", {})
+    return QuantizationReport(
+        method=getattr(config, "method", "not quantized"),
+        linears=tuple(_rows(model, notes)),
+    )
+
+
+def _rows(model: nn.Module, notes: dict[str, str]) -> Iterator[LinearReport]:
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            yield _quantized_row(name, module, notes.get(name, ""))
+        elif isinstance(module, nn.Linear):
+            nbytes = sum(p.nbytes for p in module.parameters())
+            yield LinearReport(name, "full", "", 0, nbytes, "torch", notes.get(name, "the model is not quantized"))
+
+
+def _quantized_row(name: str, module: QuantizedLinear, note: str) -> LinearReport:
+    layout = module.layout
+    backend, slow = backend_of(layout, module.weight.device.type)
+    tensors = [*module.parameters(), *(tensor for _, tensor in module.tables())]
+    return LinearReport(
+        name=name,
+        bits=f"W{layout.weight_bits}A{layout.activation_bits}",
+        granularity=_granularity(layout),
+        groups=max(layout.bias_groups, layout.range_groups, layout.shift_groups),
+        nbytes=sum(tensor.nbytes for tensor in tensors),
+        backend=backend,
+        reason="; ".join(part for part in (note, slow) if part),
+    )
+
+
+def _granularity(layout: LinearLayout) -> str:
+    if not layout.rounds_input:
+        return "not rounded"
+    return f"{'dynamic' if layout.dynamic else 'static'}, a {'token' if layout.per_token else 'tensor'}"
+
+
+def op_of(layout: LinearLayout) -> str | None:
+    """The matrix product of a layer with this layout; None for a floating-point one."""
+    if not layout.rounds_weight:
+        return None
+    if not layout.rounds_input:
+        return f"linear_w{layout.weight_bits}a16"
+    return f"linear_w{layout.weight_bits}a8_{'dynamic' if layout.dynamic else 'static'}"
+
+
+def backend_of(layout: LinearLayout, device: str) -> tuple[str, str]:
+    """(backend, why it is a slow one or "")."""
+    op = op_of(layout)
+    if op is None:
+        return "torch", ""
+    name, reason = ops.backend(op, device)
+    return name, reason or ""

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What calibration saw: one artefact that serves every method, kept in one safetensors file.
+
+Notation: S calibrated steps in the order the pipeline visited them, K channels, R sampled tokens.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+FORMAT_VERSION = 1
+_FINGERPRINT_TENSORS = 256
+_SITE_TENSORS = ("min", "max", "tokens", "keys")
+
+
+@dataclass(frozen=True)
+class SiteStatistics:
+    """One activation over the steps.
+
+    minimum, maximum: [S, K] fp32, over all tokens of all calls.   tokens: [S, R, K] bf16, a uniform sample.
+    keys: [S, R] fp32, the sample's random priorities (to go on sampling).   linears: who reads it.
+    """
+
+    linears: tuple[str, ...]
+    minimum: Tensor
+    maximum: Tensor
+    tokens: Tensor
+    keys: Tensor
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"min": self.minimum, "max": self.maximum, "tokens": self.tokens, "keys": self.keys}
+
+    @property
+    def visited(self) -> Tensor:
+        """[S] bool: the steps in which the site was reached."""
+        return torch.isfinite(self.minimum).all(dim=1) & torch.isfinite(self.maximum).all(dim=1)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Activation statistics of one transformer, keyed by timestep value.
+
+    timesteps: [S] fp32 in the model's own units, in the order of denoising (noisiest first).
+    sites: by name; a LinearGroup's is its first linear, an attention operand's is `<linear>:output`.
+    fingerprint: a sample of the weights, by which the checkpoint is known again (see `fingerprint_of`).
+    about: JSON-able facts: model class, seed, number of steps and calls, scheduler, versions.
+    """
+
+    timesteps: Tensor
+    sites: Mapping[str, SiteStatistics]
+    fingerprint: Tensor
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def descending(self) -> bool:
+        """Whether the timestep value falls while denoising, as in most models (Lumina and Z-Image rise)."""
+        return len(self.timesteps) < 2 or bool(self.timesteps[0] > self.timesteps[-1])
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one safetensors file; an existing one is replaced only once the new one is whole on disk."""
+        tensors = {"timesteps": self.timesteps, "fingerprint": self.fingerprint}
+        for name, site in self.sites.items():
+            tensors |= {f"{name}/{key}": value.contiguous() for key, value in site.tensors().items()}
+        header = {
+            "format_version": FORMAT_VERSION,
+            "about": dict(self.about),
+            "sites": {name: list(site.linears) for name, site in self.sites.items()},
+        }
+        target = Path(path)
+        unfinished = target.with_name(f"{target.name}.unfinished")
+        save_file(tensors, unfinished, metadata={"diffusers_dq": json.dumps(header)})
+        os.replace(unfinished, target)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Statistics":
+        """Raises FileNotFoundError, or ValueError where the file is not a whole, known statistics file."""
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no statistics file at {path}; make one with dq.calibrate(...).save({str(path)!r})")
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = json.loads((file.metadata() or {}).get("diffusers_dq", "null"))
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a dict
+        except (SafetensorError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is damaged or cut short ({error}); calibrate again") from error
+        if not isinstance(header, dict) or not {"format_version", "about", "sites"} <= header.keys():
+            raise ValueError(f"{path} is a safetensors file, but not one of statistics; expected one from dq.calibrate")
+        if header["format_version"] > FORMAT_VERSION:
+            raise ValueError(
+                f"{path} has statistics format {header['format_version']}, this diffusers_dq reads up to"
+                f" {FORMAT_VERSION}: upgrade diffusers_dq"
+            )
+        return cls._from_parts(path, header, tensors)
+
+    @classmethod
+    def _from_parts(
+        cls, path: str | os.PathLike[str], header: dict[str, Any], tensors: dict[str, Tensor]
+    ) -> "Statistics":
+        expected = {"timesteps", "fingerprint"} | {f"{n}/{key}" for n in header["sites"] for key in _SITE_TENSORS}
+        if expected != tensors.keys():
+            odd = sorted(expected ^ tensors.keys())
+            raise ValueError(f"{path} does not hold the tensors its header names; missing or extra: {odd[:5]}")
+        sites = {
+            name: SiteStatistics(tuple(linears), *(tensors[f"{name}/{key}"] for key in _SITE_TENSORS))
+            for name, linears in header["sites"].items()
+        }
+        statistics = cls(tensors["timesteps"], sites, tensors["fingerprint"], header["about"])
+        steps = len(statistics.timesteps)
+        for name, site in sites.items():
+            if site.minimum.shape != site.maximum.shape or len(site.minimum) != steps or len(site.tokens) != steps:
+                raise ValueError(f"{path}: {name} has {tuple(site.minimum.shape)} minima for {steps} timesteps")
+        return statistics
+
+    def check_finite(self) -> None:
+        """Raises ValueError that names the first site and step whose extremes are not numbers."""
+        for name, site in self.sites.items():
+            unvisited = torch.isposinf(site.minimum) & torch.isneginf(site.maximum)
+            finite = torch.isfinite(site.minimum) & torch.isfinite(site.maximum)
+            for step in (~(finite | unvisited)).any(dim=1).nonzero().flatten().tolist():
+                raise ValueError(
+                    f"{name} received NaN or infinite values at step {step} (timestep {float(self.timesteps[step]):g});"
+                    " statistics of it would be meaningless. Check the model's dtype (fp16 overflow?) and inputs"
+                )
+
+    def check_model(self, model: nn.Module) -> None:
+        """Raises ValueError unless the statistics were taken on this architecture with these weights."""
+        known = self.about.get("model_class")
+        if known != type(model).__name__:
+            raise ValueError(f"the statistics are of a {known}, the model is a {type(model).__name__}: calibrate it")
+        fingerprint = fingerprint_of(model)
+        if fingerprint.shape != self.fingerprint.shape:
+            raise ValueError(
+                f"the statistics are of a {known} of another size ({len(self.fingerprint)} fingerprint values, this"
+                f" model has {len(fingerprint)}): calibrate this model"
+            )
+        # bf16 keeps 8 bits: two roundings of one weight differ by at most 2^-8 of it.
+        if not torch.allclose(fingerprint, self.fingerprint, rtol=2**-7, atol=1e-6):
+            raise ValueError(
+                f"the statistics were taken on a {known} with other weights than this one's: calibrate this checkpoint,"
+                " or load the one the statistics belong to"
+            )
+
+
+def fingerprint_of(model: nn.Module) -> Tensor:
+    """[256 x 4 at most] fp32: four values each of up to 256 matrices spread over the model, the same in any float dtype
+    up to its rounding."""
+    matrices = [p for _, p in sorted(model.named_parameters()) if p.ndim >= 2 and p.is_floating_point()]
+    stride = max(1, -(-len(matrices) // _FINGERPRINT_TENSORS))
+    samples = []
+    for parameter in matrices[::stride]:
+        flat = parameter.detach().flatten()
+        places = torch.linspace(0, flat.numel() - 1, 4, dtype=torch.float64).long()
+        samples.append(flat[places.to(flat.device)].float().cpu())
+    return torch.cat(samples) if samples else torch.empty(0)
