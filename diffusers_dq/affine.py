@@ -24,7 +24,7 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | int, scheme: QuantSc
 
 
 def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor | int = 0) -> Tensor:
-    return (q - zero_point) * scale
+    return (q.to(scale.dtype) - zero_point) * scale
 
 
 def quantize_probability(p: Tensor, bits: int) -> Tensor:
@@ -47,18 +47,24 @@ def affine_parameters(low: Tensor, high: Tensor, scheme: QuantScheme) -> tuple[T
     return scale, zero_point.to(torch.int32)
 
 
-def search_range(x: Tensor, low: Tensor, high: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
-    """(scale, zero_point) a row of x: of 80 shrunken ranges, the one of least sum |x - x^|^2.4 (Q-Diffusion).
+def search_range(
+    x: Tensor, low: Tensor, high: Tensor, scheme: QuantScheme, importance: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(scale, zero_point) a row of x: of 80 shrunken ranges, the one of least sum_i |h_i (x_i - x^_i)|^2.4.
 
     x: [R, n] fp32, the values or a sample of them.   low, high: [R], the full range.   Returns [R] fp32, [R] int32.
+    importance: h [n]; None is all ones, the search of Q-Diffusion.
     """
     best_error = torch.full_like(low, torch.inf, dtype=torch.float32)
     best_scale, best_zero = affine_parameters(low, high, scheme)
     for step in range(SHRINK_STEPS):
         shrink = 1 - SHRINK_STEP * step
         scale, zero_point = affine_parameters(low * shrink, high * shrink, scheme)
-        rounded = dequantize(quantize(x, scale[:, None], zero_point[:, None], scheme), scale[:, None], zero_point[:, None])
-        error = (x - rounded).abs_().pow_(ERROR_POWER).sum(dim=1)
+        q = quantize(x, scale[:, None], zero_point[:, None], scheme)
+        difference = dequantize(q, scale[:, None], zero_point[:, None]).sub_(x)
+        if importance is not None:
+            difference *= importance
+        error = difference.abs_().pow_(ERROR_POWER).sum(dim=1)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_scale = torch.where(better, scale, best_scale)
@@ -66,9 +72,12 @@ def search_range(x: Tensor, low: Tensor, high: Tensor, scheme: QuantScheme) -> t
     return best_scale, best_zero
 
 
-def weight_parameters(weight: Tensor, scheme: QuantScheme, search: RangeSearch) -> Tensor:
-    """Symmetric scale [N] fp32 of a weight [N, K], one an output channel."""
+def weight_parameters(
+    weight: Tensor, scheme: QuantScheme, search: RangeSearch, importance: Tensor | None = None
+) -> Tensor:
+    """Symmetric scale [N] fp32 of a weight [N, K], one an output channel.   importance: [K], of a column's error."""
     weight = weight.float()
     low, high = weight.amin(dim=1), weight.amax(dim=1)
-    find = affine_parameters(low, high, scheme) if search == "minmax" else search_range(weight, low, high, scheme)
-    return find[0]
+    if search == "minmax":
+        return affine_parameters(low, high, scheme)[0]
+    return search_range(weight, low, high, scheme, importance)[0]

@@ -10,6 +10,7 @@ from diffusers_dq import attention, installation
 from diffusers_dq.building import build_linear
 from diffusers_dq.config import DQConfig
 from diffusers_dq.linear import QuantizedLinear
+from diffusers_dq.methods import Method
 from diffusers_dq.planning import Plan, make_plan
 from diffusers_dq.specs import SPECS, ModelSpec, spec_of, ungrouped
 from diffusers_dq.specs.base import GENERIC_NOT_CONVERTED, LinearGroup
@@ -24,13 +25,20 @@ class Conversion:
     the model and its quantized weights.
     """
 
-    def __init__(self, model: nn.Module, config: DQConfig, statistics: Statistics | None, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: DQConfig,
+        statistics: Statistics | None,
+        dtype: torch.dtype,
+        method: Method | None = None,
+    ) -> None:
         self.model = model
         self.config = config
         self.dtype = dtype
         self.descending = statistics is None or statistics.descending
         self.spec = _spec(model, statistics)
-        self.plan: Plan = make_plan(model, self.spec, config.make_method(), config, statistics)
+        self.plan: Plan = make_plan(model, self.spec, method or config.make_method(), config, statistics)
         self.groups = TimestepGroups(len(self.plan.partitions))
         self.layers: dict[str, QuantizedLinear] = {}
 

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+# `make demo` and `make test` set up .venv themselves; nothing else has to be installed first.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check style benchmark clean
+
+# torch first and pinned: an unpinned one pulls gigabytes of CUDA packages, also into pip's build environments
+.venv/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,eval]'
+	touch $@
+
+demo: .venv/installed ## calibrate, quantize and compare the demo model; writes demo_output/
+	$(BIN)/python examples/demo.py
+
+test: .venv/installed ## the whole suite
+	$(BIN)/python -m pytest
+
+check: .venv/installed ## what a commit must pass: lint, types, import contracts, quick tests
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -m "not slow"
+
+style: .venv/installed ## reformat
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+benchmark: .venv/installed ## a DiT-XL/2-wide transformer step, int8 against floating point, on this machine
+	$(BIN)/python kernels/benchmarks/transformer_step.py
+
+clean:
+	rm -rf .venv build dist demo_output *.egg-info

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small models for tests, and the transforms of a model put in place by hand."""
+
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+from diffusers_dq.config import DQConfig
+from diffusers_dq.conversion import Conversion
+from diffusers_dq.methods import Method, Solution
+from diffusers_dq.transforms import Chain
+
+
+def tiny_dit(seed: int = 0, **changes: Any) -> DiTTransformer2DModel:
+    """Two blocks of width 32 over 16 tokens, 20 classes, weights random and adaLN weights not zero."""
+    settings: dict[str, Any] = dict(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        num_layers=2,
+        sample_size=8,
+        patch_size=2,
+        num_embeds_ada_norm=1000,
+        norm_type="ada_norm_zero",
+        norm_elementwise_affine=False,
+    )
+    torch.manual_seed(seed)
+    return DiTTransformer2DModel(**{**settings, **changes}).eval()
+
+
+def tiny_pipeline(seed: int = 0, **changes: Any) -> DiTPipeline:
+    torch.manual_seed(seed)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",),
+        up_block_types=("UpDecoderBlock2D",),
+        block_out_channels=(8,),
+        norm_num_groups=4,
+        layers_per_block=1,
+        latent_channels=4,
+    ).eval()
+    pipe = DiTPipeline(tiny_dit(seed, **changes), vae, DDIMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+CALLS = [dict(class_labels=[1, 2], guidance_scale=1.5), dict(class_labels=[3, 4], guidance_scale=1.5)]
+
+
+def rebuilt_with_chains(model: torch.nn.Module, chains: Mapping[str, Chain], **config: Any) -> torch.nn.Module:
+    """A copy of the model with these transforms by site name, placed as the planner does; 16 / 16 bits by default."""
+    twin = deepcopy(model)
+    bits = {"weight_bits": 16, "activation_bits": 16, **config}
+    conversion = Conversion(twin, DQConfig("rtn", **bits), None, next(model.parameters()).dtype, method=Fixed(chains))
+    conversion.build_all(progress=False)
+    conversion.finish()
+    return twin
+
+
+class Fixed(Method):
+    """A method whose solution is given."""
+
+    def __init__(self, chains: Mapping[str, Chain]) -> None:
+        self.chains = chains
+
+    needs_statistics = False
+
+    def activation_scheme(self, bits: int) -> Any:
+        raise NotImplementedError
+
+    def solve(self, sites: Any, timesteps: Any) -> Solution:
+        return Solution(self.chains)
+
+
+__all__ = ["CALLS", "Fixed", "rebuilt_with_chains", "tiny_dit", "tiny_pipeline"]

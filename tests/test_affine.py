@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from diffusers_dq import affine
+from diffusers_dq.scheme import QuantScheme
+
+SCHEMES = [
+    QuantScheme(bits=bits, granularity="tensor", symmetric=symmetric) for bits in (4, 8) for symmetric in (True, False)
+]
+
+
+@given(seed=st.integers(0, 2**31), scheme=st.sampled_from(SCHEMES), offset=st.floats(-5, 5), spread=st.floats(1e-3, 1e3))
+def test_rounding_moves_a_value_inside_the_range_by_half_a_step_at_most(seed, scheme, offset, spread):
+    x = (torch.randn(200, generator=torch.Generator().manual_seed(seed)) + offset) * spread
+    scale, zero_point = affine.affine_parameters(x.amin(), x.amax(), scheme)
+    q = affine.quantize(x, scale, zero_point, scheme)
+    error = (affine.dequantize(q, scale, zero_point) - x).abs()
+    # The zero point is rounded too, so an end of an asymmetric range may be cut by up to half a step more;
+    # fp32 arithmetic on values of up to 127 steps adds 127 * 2^-23 of a step.
+    steps = 0.5 if scheme.symmetric else 1.0
+    assert (error <= scale * (steps + 1e-4)).all()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize("low, high", [(0.0, 0.0), (1.0, 3.0), (-3.0, -1.0), (-1e-30, 1e30)])
+def test_zero_is_exact_and_the_scale_positive(scheme, low, high):
+    scale, zero_point = affine.affine_parameters(torch.tensor(low), torch.tensor(high), scheme)
+    assert scale > 0
+    assert scheme.qmin <= zero_point <= scheme.qmax
+    zero = torch.zeros(1)
+    assert affine.dequantize(affine.quantize(zero, scale, zero_point, scheme), scale, zero_point) == 0
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_searched_range_is_never_worse_than_the_full_one(scheme):
+    x = torch.randn(6, 4000, generator=torch.Generator().manual_seed(0)) ** 3
+    low, high = x.amin(1), x.amax(1)
+
+    def error(scale, zero_point):
+        scale, zero_point = scale[:, None], zero_point[:, None]
+        rounded = affine.dequantize(affine.quantize(x, scale, zero_point, scheme), scale, zero_point)
+        return (x - rounded).abs().pow(affine.ERROR_POWER).sum(1)
+
+    searched = error(*affine.search_range(x, low, high, scheme))
+    full = error(*affine.affine_parameters(low, high, scheme))
+    assert (searched <= full).all()
+    if scheme.bits == 4:
+        assert (searched < full).all(), "heavy tails at 4 bits: clipping must have paid"
+
+
+def test_probabilities_become_whole_levels():
+    levels = affine.quantize_probability(torch.tensor([0.0, 0.5, 1.0]), 8)
+    assert levels.tolist() == [0, 128, 255]  # 127.5 rounds half to even
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(bits=1, granularity="tensor"), "between 2 and 8"),
+        (dict(bits=16, granularity="tensor"), "16 \\(not rounded\\)"),
+        (dict(bits=8, granularity="token"), "needs dynamic=True"),
+        (dict(bits=8, granularity="token", dynamic=True, symmetric=False), "symmetric"),
+    ],
+)
+def test_a_scheme_without_meaning_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        QuantScheme(**arguments)
