@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels of diffusers_dq: torch.library ops, each with a reference, a CPU form and a Triton form.
+
+Importing this registers `torch.ops.diffusers_dq.*`. It needs torch; Triton is optional.
+"""
+
+from ._library import announce, backend
+from .linear_w4a8 import linear_w4a8_dynamic, linear_w4a8_static
+from .linear_w8a8 import linear_w8a8_dynamic, linear_w8a8_static
+from .linear_weight_only import linear_w4a16, linear_w8a16
+from .packing import pack_int4, unpack_int4
+from .quantize import quantize_dynamic, quantize_static
+
+__all__ = [
+    "announce",
+    "backend",
+    "linear_w4a8_dynamic",
+    "linear_w4a8_static",
+    "linear_w4a16",
+    "linear_w8a8_dynamic",
+    "linear_w8a8_static",
+    "linear_w8a16",
+    "pack_int4",
+    "quantize_dynamic",
+    "quantize_static",
+    "unpack_int4",
+]

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""torch.library glue: one call defines an op, its forms on each device and its shape rule.
+
+`Library.impl` and not `custom_op`: a call costs a few microseconds less, and eager DiT steps make hundreds of them.
+"""
+
+import functools
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import Library
+
+from . import _triton
+
+__all__ = ["announce", "backend", "define_op"]
+
+_LIBRARY = Library("diffusers_dq", "DEF")
+_LOGGER = logging.getLogger("diffusers_dq_kernels")
+
+
+@dataclass(frozen=True)
+class _Forms:
+    cpu: Callable[..., Any] | None
+    triton: Callable[..., Any] | None
+    cpu_caveat: Callable[[], str | None] | None
+
+
+_FORMS: dict[str, _Forms] = {}
+
+
+def define_op(
+    schema: str,
+    reference: Callable[..., Any],
+    *,
+    fake: Callable[..., Any],
+    cpu: Callable[..., Any] | None = None,
+    triton: Callable[..., Any] | None = None,
+    cpu_caveat: Callable[[], str | None] | None = None,
+) -> Callable[..., Any]:
+    """Register `diffusers_dq::<schema>` and return its overload, which is called like a function.
+
+    reference: plain torch, any device.   cpu: the quick CPU form.   triton: the launcher for CUDA tensors.
+    fake: shapes and dtypes only, for torch.compile.   cpu_caveat: why `cpu` is slow on this machine, or None.
+    """
+    name = schema.partition("(")[0]
+    _FORMS[name] = _Forms(cpu, triton, cpu_caveat)
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, _announced(name, reference), "CompositeExplicitAutograd")
+    if cpu is not None:
+        _LIBRARY.impl(name, cpu, "CPU")
+    if triton is not None and _triton.MISSING is None:
+        _LIBRARY.impl(name, triton, "CUDA")
+    torch.library.register_fake(f"diffusers_dq::{name}", fake, lib=_LIBRARY)
+    op: Callable[..., Any] = getattr(torch.ops.diffusers_dq, name).default
+    op.__doc__ = reference.__doc__
+    return op
+
+
+def backend(op_name: str, device_type: str) -> tuple[str, str | None]:
+    """The form of `op_name` that tensors on `device_type` take, and why it is not the quick one (None when it is).
+
+    The form is "triton", "cpu" or "reference".
+    """
+    if op_name not in _FORMS:
+        raise KeyError(f"no op {op_name!r}; known: {sorted(_FORMS)}")
+    forms = _FORMS[op_name]
+    if device_type == "cpu" and forms.cpu is not None:
+        return "cpu", forms.cpu_caveat() if forms.cpu_caveat else None
+    if device_type != "cuda":
+        return "reference", f"no kernel for device type {device_type!r}: plain torch in high precision"
+    if forms.triton is None:
+        return "reference", "no Triton kernel yet: plain torch in high precision"
+    if _triton.MISSING is not None:
+        return "reference", f"{_triton.MISSING}: plain torch in high precision"
+    return "triton", None
+
+
+@functools.cache
+def announce(op_name: str, reason: str) -> None:
+    """Warn that `op_name` takes a slow path, once for each reason."""
+    _LOGGER.warning("%s: %s", op_name, reason)
+
+
+def _announced(name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
+    """The reference as the dispatcher runs it: right everywhere, but never slow in silence."""
+
+    @functools.wraps(reference)
+    def run(first: Tensor, *args: Any, **kwargs: Any) -> Any:
+        _, reason = backend(name, first.device.type)
+        if reason is not None:
+            announce(name, reason)
+        return reference(first, *args, **kwargs)
+
+    return run
