@@ -11,7 +11,9 @@ from torch import Tensor
 
 from diffusers_dq.scheme import QuantScheme
 
-RangeSearch = Literal["minmax", "mse"]
+# "minmax" covers all; "mse" is Q-Diffusion's search; "output" is the same search with a weight's columns counted by the
+# size of the inputs they meet.
+RangeSearch = Literal["minmax", "mse", "output"]
 
 SHRINK_STEPS = 80  # Q-Diffusion tries the ranges 1.00, 0.99, ... 0.21 of the full one,
 SHRINK_STEP = 0.01
@@ -80,4 +82,4 @@ def weight_parameters(
     low, high = weight.amin(dim=1), weight.amax(dim=1)
     if search == "minmax":
         return affine_parameters(low, high, scheme)[0]
-    return search_range(weight, low, high, scheme, importance)[0]
+    return search_range(weight, low, high, scheme, importance if search == "output" else None)[0]

@@ -12,7 +12,7 @@ from diffusers_dq import affine
 from diffusers_dq.linear import LinearLayout, QuantizedLinear
 from diffusers_dq.planning import LinearPlan
 from diffusers_dq.scheme import QuantScheme
-from diffusers_dq.timesteps import TimestepGroups, expand
+from diffusers_dq.timesteps import TimestepGroups, expand, group_of
 
 
 @torch.no_grad()
@@ -24,10 +24,13 @@ def build_linear(
     partition: which entry of `groups.index` is the plan's.   dtype: of a weight that is not rounded.
     """
     tables = _online_tables(plan, linear.in_features) | _range_tables(plan)
-    weight, bias = _folded(linear, plan)
+    exact, bias = _folded(linear, plan)
+    weight, tables["weight_scale"] = _rounded(exact, plan)
+    correction = _bias_correction(exact, weight, tables, plan)
+    if bias is None and correction is not None:
+        bias = _bias_of(linear)[None]
     if bias is not None:
-        tables["bias_groups"] = bias
-    weight, tables["weight_scale"] = _rounded(weight, plan)
+        tables["bias_groups"] = bias if correction is None else bias + correction
     layout = LinearLayout(
         weight_bits=plan.bits.weight,
         activation_bits=plan.bits.activation,
@@ -48,7 +51,7 @@ def build_linear(
         device=linear.weight.device,
         dtype=dtype,
     )
-    layer.weight.copy_(weight)
+    layer.weight.copy_(ops.pack_int4(weight) if plan.bits.weight == 4 else weight)
     if layer.bias is not None:
         layer.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
     for name, _ in layer.tables():
@@ -66,8 +69,7 @@ def _folded(linear: nn.Linear, plan: LinearPlan) -> tuple[Tensor, Tensor | None]
     weight = linear.weight.detach().double()
     if not plan.chain.transforms and not plan.rows:
         return weight, None
-    bias = weight.new_zeros(len(weight)) if linear.bias is None else linear.bias.detach().double()
-    weight, bias = plan.chain.fold(weight, bias[None])
+    weight, bias = plan.chain.fold(weight, _bias_of(linear)[None])
     bias = expand(bias, plan.chain.boundaries, plan.boundaries)
     for update, boundaries in plan.rows:
         rows = slice(update.start, update.stop)
@@ -77,6 +79,13 @@ def _folded(linear: nn.Linear, plan: LinearPlan) -> tuple[Tensor, Tensor | None]
         bias = bias.expand(max(len(bias), len(offset)), -1).clone()
         bias[:, rows] = bias[:, rows] * multiplier + offset.to(bias)
     return weight, bias
+
+
+def _bias_of(linear: nn.Linear) -> Tensor:
+    """[N] fp64."""
+    if linear.bias is None:
+        return torch.zeros(linear.out_features, dtype=torch.float64, device=linear.weight.device)
+    return linear.bias.detach().double()
 
 
 def _online_tables(plan: LinearPlan, channels: int) -> dict[str, Tensor]:
@@ -103,11 +112,48 @@ def _range_tables(plan: LinearPlan) -> dict[str, Tensor]:
 
 
 def _rounded(weight: Tensor, plan: LinearPlan) -> tuple[Tensor, Tensor]:
-    """(weight as stored, scale [N] fp32) of the folded weight [N, K]."""
+    """(q as integers [N, K] or the weight itself, scale [N] fp32) of the folded weight [N, K]."""
     if plan.bits.weight > 8:
         return weight, weight.new_ones(len(weight))
     scheme = QuantScheme(bits=plan.bits.weight, granularity="channel")
     weight = weight.float()
-    scale = affine.weight_parameters(weight, scheme, plan.search)
-    q = affine.quantize(weight, scale[:, None], 0, scheme)
-    return (ops.pack_int4(q) if plan.bits.weight == 4 else q), scale
+    importance = None if plan.sample is None else _spread(plan).to(weight)
+    scale = affine.weight_parameters(weight, scheme, plan.search, importance)
+    return affine.quantize(weight, scale[:, None], 0, scheme), scale
+
+
+def _spread(plan: LinearPlan) -> Tensor:
+    """[K]: root mean square of each channel of u; about its mean in a group where the bias takes care of the mean."""
+    assert plan.sample is not None
+    u = plan.sample.transformed(plan.chain)
+    if plan.corrects_bias:
+        u = torch.cat([part - part.mean(dim=(0, 1)) for part in _by_group(u, plan)])
+    return u.square().mean(dim=(0, 1)).sqrt()
+
+
+def _by_group(u: Tensor, plan: LinearPlan) -> list[Tensor]:
+    """u [S, R, K] cut into the timestep groups of the plan's tables."""
+    assert plan.sample is not None
+    group = group_of(plan.sample.timesteps, plan.boundaries)
+    return [u[group == g] for g in range(len(plan.boundaries) + 1)]
+
+
+def _bias_correction(exact: Tensor, q: Tensor, tables: dict[str, Tensor], plan: LinearPlan) -> Tensor | None:
+    """E[u] W'^T - E[u^] W^^T over the sampled tokens of each group, [1 or G, N] fp64; None where not asked for.
+
+    W' [N, K] is the folded weight, W^ its rounded form, u^ the rounded input: added to the bias it removes the mean
+    error of the output, that of clipping included.
+    """
+    if not plan.corrects_bias or plan.sample is None or plan.bits.weight > 8:
+        return None
+    rounded = affine.dequantize(q.double(), tables["weight_scale"].double()[:, None])
+    rows = []
+    for g, u in enumerate(_by_group(plan.sample.transformed(plan.chain), plan)):
+        u_rounded = u
+        if plan.input_range is not None and plan.scheme is not None:
+            row = min(g, len(tables["input_scale"]) - 1)
+            scale, zero_point = tables["input_scale"][row], tables["input_zero_point"][row]
+            u_rounded = affine.dequantize(affine.quantize(u, scale, zero_point, plan.scheme), scale, zero_point)
+        means = (part.mean(dim=(0, 1)).to(exact) for part in (u, u_rounded))
+        rows.append(next(means) @ exact.T - next(means) @ rounded.T)
+    return torch.stack(rows)

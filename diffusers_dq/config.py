@@ -12,38 +12,17 @@ from typing import Any
 
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
-from diffusers_dq.linear import NOT_ROUNDED
+from diffusers_dq.linear import NOT_ROUNDED, Bits
 from diffusers_dq.methods import Method
 from diffusers_dq.methods.base import make_method
 
 FORMAT_VERSION = 1
-WEIGHT_BITS = (4, 8, NOT_ROUNDED)
-ACTIVATION_BITS = (4, 5, 6, 7, 8, NOT_ROUNDED)
 
 
 class DQMethod(str, Enum):
     """diffusers reads `quant_method.value`, so a plain string will not do."""
 
     DIFFUSERS_DQ = "diffusers_dq"
-
-
-@dataclass(frozen=True)
-class Bits:
-    """Bits of a linear's weight and input; 16 is not rounded."""
-
-    weight: int
-    activation: int
-
-    def __post_init__(self) -> None:
-        if self.weight not in WEIGHT_BITS:
-            raise ValueError(f"weight_bits must be one of {WEIGHT_BITS} (16: not rounded), got {self.weight!r}")
-        if self.activation not in ACTIVATION_BITS:
-            raise ValueError(f"activation_bits must be one of {ACTIVATION_BITS} (16: not rounded), got {self.activation!r}")
-        if self.weight == NOT_ROUNDED and self.activation != NOT_ROUNDED:
-            raise ValueError(
-                f"weight_bits=16 with activation_bits={self.activation} has no integer product; round the weight too"
-                " (4 or 8), or set both to 16 to apply a method's transforms alone"
-            )
 
 
 @dataclass
@@ -79,6 +58,11 @@ class DQConfig(QuantizationConfigMixin):
     ) -> None:
         if quant_method != DQMethod.DIFFUSERS_DQ:
             raise ValueError(f"quant_method is {quant_method!r}, a DQConfig's is {DQMethod.DIFFUSERS_DQ.value!r}")
+        if not isinstance(format_version, int) or not isinstance(result, Mapping | None):
+            raise ValueError(
+                f"config.json is damaged: format_version is {format_version!r}, an integer is expected; result is a"
+                f" {type(result).__name__}, an object is expected. Load the original file"
+            )
         if format_version > FORMAT_VERSION:
             raise ValueError(
                 f"the model was saved in format {format_version}, this diffusers_dq reads up to {FORMAT_VERSION}:"

@@ -6,9 +6,10 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from diffusers_dq import attention, installation
+from diffusers_dq import installation
 from diffusers_dq.building import build_linear
 from diffusers_dq.config import DQConfig
+from diffusers_dq.installation import Description
 from diffusers_dq.linear import QuantizedLinear
 from diffusers_dq.methods import Method
 from diffusers_dq.planning import Plan, make_plan
@@ -43,7 +44,12 @@ class Conversion:
         self.layers: dict[str, QuantizedLinear] = {}
 
     def build(self, name: str, linear: nn.Linear) -> QuantizedLinear:
-        """The layer that is to replace the linear of this name."""
+        """The layer that is to replace the linear of this name. Raises ValueError where its weight is not finite."""
+        if not torch.isfinite(linear.weight).all():
+            raise ValueError(
+                f"{name}.weight holds NaN or infinite values and cannot be rounded: load a sound checkpoint, or add"
+                " it to modules_to_not_convert"
+            )
         plan = self.plan.linears[name]
         partition = self.plan.partitions.index(plan.boundaries)
         self.layers[name] = build_linear(linear, plan, partition, self.groups, self.dtype)
@@ -57,20 +63,22 @@ class Conversion:
     def finish(self) -> DQConfig:
         """Install the layers; returns the configuration with its `result`, the one to save."""
         model, plan = self.model, self.plan
-        tied = installation.identical(model, self.spec.duplicates)
         boundaries = boundary_table(plan.partitions)
+        description = Description(
+            linears={name: layer.layout for name, layer in self.layers.items()},
+            attention=tuple(plan.attention),
+            attention_bits=plan.attention_bits,
+            partitions=(len(boundaries), boundaries.shape[1]),
+            descending=self.descending,
+            tied=installation.identical(model, self.spec.duplicates),
+            notes={name: linear.note for name, linear in plan.linears.items() if linear.note} | dict(plan.kept),
+            dtype=self.dtype,
+        )
         device = next(iter(self.layers.values())).weight.device if self.layers else "cpu"
-        notes = {name: linear.note for name, linear in plan.linears.items() if linear.note} | dict(plan.kept)
-        result = installation.describe(
-            self.layers, list(plan.attention), plan.attention_bits, boundaries, self.descending, tied, notes, self.dtype
-        )
-        config = self.config.copy(result=result, statistics=None)
         installation.install(
-            model, self.layers, self.groups.to(device), boundaries.to(device), self.descending, tied
+            model, description, self.layers, self.groups.to(device), boundaries.to(device), plan.attention
         )
-        for name, scales in plan.attention.items():
-            attention.attach(model.get_submodule(name), plan.attention_bits, dict(scales), device)
-        return config
+        return self.config.copy(result=description.to_dict(), statistics=None)
 
 
 def _spec(model: nn.Module, statistics: Statistics | None) -> ModelSpec:

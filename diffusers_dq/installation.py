@@ -1,14 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Puts quantized layers into a model, and describes them so that a fresh process can make the same model from a file.
-
-The description is `DQConfig.result`, in config.json: {"linears": name -> layout, "attention": [modules],
-"attention_bits", "boundaries": [P, E], "descending", "tied": copy -> original, "notes": name -> reason,
-"dtype", "table_dtype"}.
-"""
+"""Puts quantized layers into a model, and describes them so that a fresh process can make the same model from a file."""
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +14,60 @@ from diffusers_dq.denoise import TimestepArgument
 from diffusers_dq.linear import LinearLayout, QuantizedLinear
 from diffusers_dq.timesteps import TimestepGroups
 
+Module = TypeVar("Module", bound=nn.Module)
+
 GROUPS = "timestep_groups"
 BOUNDARIES = "timestep_boundaries"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """All that must be known of a quantized model before its tensors are; `DQConfig.result`, in config.json.
+
+    linears: by module name.   attention: quantized Attention modules, to attention_bits.
+    partitions: [P, E], the shape of the table of timestep boundaries.   descending: noise falls with the timestep.
+    tied: module -> the one it is the same as.   notes: linear -> why it is in full precision or what is odd about it.
+    dtype: of the model's unrounded tensors.
+    """
+
+    linears: Mapping[str, LinearLayout]
+    attention: tuple[str, ...]
+    attention_bits: int
+    partitions: tuple[int, int]
+    descending: bool
+    tied: Mapping[str, str]
+    notes: Mapping[str, str]
+    dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.dtype, torch.dtype):
+            raise ValueError(f"{self.dtype!r} is no dtype")
+        for name, layout in self.linears.items():
+            if layout.partition >= self.partitions[0]:
+                raise ValueError(f"{name} follows partition {layout.partition} of {self.partitions[0]}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        linears = {name: layout.to_dict() for name, layout in self.linears.items()}
+        return asdict(self) | {"linears": linears, "dtype": str(self.dtype).removeprefix("torch.")}
+
+    @classmethod
+    def from_dict(cls, result: Mapping[str, Any]) -> "Description":
+        """Raises ValueError for what `to_dict` cannot have written."""
+        try:
+            partitions, edges = result["partitions"]
+            parts = {
+                "linears": {name: LinearLayout(**layout) for name, layout in result["linears"].items()},
+                "attention": tuple(result["attention"]),
+                "partitions": (int(partitions), int(edges)),
+                "dtype": getattr(torch, result["dtype"], result["dtype"]),
+            }
+            return cls(**{**result, **parts})
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"the result in config.json's quantization_config cannot be understood ({error!r}): it is damaged or of"
+                " another version of diffusers_dq; load the original file"
+            ) from error
 
 
 class SelectGroup:
@@ -43,28 +91,32 @@ class SelectGroup:
 
 def install(
     model: nn.Module,
+    description: Description,
     layers: Mapping[str, QuantizedLinear],
     groups: TimestepGroups,
     boundaries: Tensor,
-    descending: bool,
-    tied: Mapping[str, str],
+    attention_scales: Mapping[str, Mapping[str, Tensor]] | None,
 ) -> None:
-    """Replace linears by layers, share tied modules, and select the timestep group before each forward.
+    """Replace linears by layers, share tied modules, quantize attention, select the timestep group before each forward.
 
     boundaries: [P, E]; without columns there is one group and nothing to select.
+    attention_scales: Attention module -> operand -> [1]; None where a file will bring them.
     """
+    select = SelectGroup(TimestepArgument.of(model), description.descending) if boundaries.numel() else None
     for name, layer in layers.items():
         model.set_submodule(name, layer)
-    for copied, original in tied.items():
+    for copied, original in description.tied.items():
         model.set_submodule(copied, model.get_submodule(original))
+    for name in description.attention:
+        scales = None if attention_scales is None else dict(attention_scales[name])
+        attention.attach(model.get_submodule(name), description.attention_bits, scales, boundaries.device)
     model.add_module(GROUPS, groups)
-    if boundaries.numel():
+    if select is not None:
         model.register_buffer(BOUNDARIES, boundaries)
-        select = SelectGroup(TimestepArgument.of(model), descending)
         model.register_forward_pre_hook(select, with_kwargs=True)
 
 
-def uninstall(model: nn.Module, result: Mapping[str, Any]) -> None:
+def uninstall(model: nn.Module, description: Description) -> None:
     """Undo `install` except for the layers: hook, buffers, shared modules, attention processors."""
     for key, hook in list(model._forward_pre_hooks.items()):
         if isinstance(hook, SelectGroup):
@@ -73,9 +125,9 @@ def uninstall(model: nn.Module, result: Mapping[str, Any]) -> None:
     for name in (GROUPS, BOUNDARIES):
         if hasattr(model, name):
             delattr(model, name)
-    for copied, original in result.get("tied", {}).items():
+    for copied, original in description.tied.items():
         model.set_submodule(copied, copy.deepcopy(model.get_submodule(original)))
-    for name in result.get("attention", ()):
+    for name in description.attention:
         attention.detach(model.get_submodule(name))
 
 
@@ -89,63 +141,33 @@ def _equal(model: nn.Module, copied: str, original: str) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-def describe(
-    layers: Mapping[str, QuantizedLinear],
-    attention_modules: Sequence[str],
-    attention_bits: int,
-    boundaries: Tensor,
-    descending: bool,
-    tied: Mapping[str, str],
-    notes: Mapping[str, str],
-    dtype: torch.dtype,
-) -> dict[str, Any]:
-    return {
-        "linears": {name: layer.layout.to_dict() for name, layer in layers.items()},
-        "attention": list(attention_modules),
-        "attention_bits": attention_bits,
-        "partitions": list(boundaries.shape),
-        "descending": descending,
-        "tied": dict(tied),
-        "notes": dict(notes),
-        "dtype": str(dtype).removeprefix("torch."),
-    }
-
-
-def install_skeleton(model: nn.Module, result: Mapping[str, Any]) -> None:
+def install_skeleton(model: nn.Module, description: Description) -> None:
     """Give a model on the meta device the layers of a saved one, tensors still to come.
 
-    Raises ValueError where the description names a linear that the model lacks.
+    Raises ValueError where the description names a module that the model lacks.
     """
-    partitions, edges = result["partitions"]
-    groups = TimestepGroups(partitions)
-    dtype = getattr(torch, result["dtype"])
+    groups = TimestepGroups(description.partitions[0])
     layers = {}
-    for name, layout in result["linears"].items():
-        linear = _linear(model, name)
+    for name, layout in description.linears.items():
+        linear = _submodule(model, name, nn.Linear)
+        bias = linear.bias is not None
         layers[name] = QuantizedLinear(
-            linear.in_features,
-            linear.out_features,
-            linear.bias is not None,
-            LinearLayout(**layout),
-            groups,
-            device="meta",
-            dtype=dtype,
+            linear.in_features, linear.out_features, bias, layout, groups, device="meta", dtype=description.dtype
         )
-    boundaries = torch.empty(partitions, edges, device="meta")
-    install(model, layers, groups, boundaries, result["descending"], result["tied"])
-    for name in result["attention"]:
-        attention.attach(model.get_submodule(name), result["attention_bits"], None, "meta")
+    for name in (*description.attention, *description.tied, *description.tied.values()):
+        _submodule(model, name, nn.Module)
+    install(model, description, layers, groups, torch.empty(description.partitions, device="meta"), None)
 
 
-def _linear(model: nn.Module, name: str) -> nn.Linear:
+def _submodule(model: nn.Module, name: str, kind: type[Module]) -> Module:
     try:
         module = model.get_submodule(name)
     except AttributeError:
         module = None
-    if not isinstance(module, nn.Linear):
+    if not isinstance(module, kind):
         raise ValueError(
-            f"the saved quantization names {name}, which is no linear of this {type(model).__name__}: config.json and"
-            " model class do not belong together"
+            f"the quantization_config in config.json names {name}, which is no {kind.__name__} of this"
+            f" {type(model).__name__}: the file belongs to another model"
         )
     return module
 

@@ -5,7 +5,7 @@ Shapes: N out_features, K in_features, G timestep groups. The names of its tenso
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import diffusers_dq_kernels as ops
@@ -16,6 +16,27 @@ from torch.nn import functional as F
 from diffusers_dq.timesteps import TimestepGroups
 
 NOT_ROUNDED = 16
+WEIGHT_BITS = (4, 8, NOT_ROUNDED)
+ACTIVATION_BITS = (4, 5, 6, 7, 8, NOT_ROUNDED)
+
+
+@dataclass(frozen=True)
+class Bits:
+    """Bits of a linear's weight and input; 16 is not rounded."""
+
+    weight: int
+    activation: int
+
+    def __post_init__(self) -> None:
+        if self.weight not in WEIGHT_BITS:
+            raise ValueError(f"weight_bits must be one of {WEIGHT_BITS} (16: not rounded), got {self.weight!r}")
+        if self.activation not in ACTIVATION_BITS:
+            raise ValueError(f"activation_bits must be one of {ACTIVATION_BITS} (16: not rounded), got {self.activation!r}")
+        if self.weight == NOT_ROUNDED and self.activation != NOT_ROUNDED:
+            raise ValueError(
+                f"weight_bits=16 with activation_bits={self.activation} has no integer product; round the weight too"
+                " (4 or 8), or set both to 16 to apply a method's transforms alone"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +60,12 @@ class LinearLayout:
     smooth: bool = False
     partition: int = 0
 
+    def __post_init__(self) -> None:
+        Bits(self.weight_bits, self.activation_bits)
+        for name in ("bias_groups", "range_groups", "shift_groups", "partition"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 0:
+                raise ValueError(f"{name} must be a whole number, got {getattr(self, name)!r}")
+
     @property
     def rounds_weight(self) -> bool:
         return self.weight_bits < NOT_ROUNDED
@@ -53,8 +80,7 @@ class LinearLayout:
 
     def to_dict(self) -> dict[str, Any]:
         """Only what differs from the defaults: config.json holds one a linear."""
-        default = LinearLayout(weight_bits=0, activation_bits=0)
-        return {key: value for key, value in asdict(self).items() if value != getattr(default, key)}
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
 
 
 class QuantizedLinear(nn.Linear):

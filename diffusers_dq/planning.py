@@ -38,11 +38,24 @@ class InputRange:
 
 
 @dataclass(frozen=True)
+class InputSample:
+    """Tokens that an input was seen to hold.   tokens: [S, R, K] bf16, of the steps `timesteps` [S]."""
+
+    tokens: Tensor
+    timesteps: Tensor
+
+    def transformed(self, chain: Chain) -> Tensor:
+        """u = T_g(x), [S, R, K] fp32."""
+        return chain.forward(self.tokens.float(), group_of(self.timesteps, chain.boundaries))
+
+
+@dataclass(frozen=True)
 class LinearPlan:
     """All that turns one nn.Linear into a QuantizedLinear.
 
     chain: the change of its input.   online: made by the layer itself, not upstream.   note: why, where it might be.
     rows: changes of its own output that groups downstream ask for, each with the partition of its offsets.
+    sample: of its input before the chain.   corrects_bias: take the mean error of rounding, seen on it, off the bias.
     """
 
     bits: Bits
@@ -52,6 +65,8 @@ class LinearPlan:
     rows: tuple[tuple[RowUpdate, Boundaries], ...] = ()
     input_range: InputRange | None = None
     search: affine.RangeSearch = "minmax"
+    sample: InputSample | None = None
+    corrects_bias: bool = False
     note: str = ""
 
     @property
@@ -128,11 +143,11 @@ def make_plan(
     groups = [group for group in spec.groups if any(name in plans for name in group.linears)]
     seen = statistics if method.needs_statistics else None
     sites = [_site(model, group, plans, spec, seen) for group in groups]
-    solution = method.solve(sites, None if statistics is None else statistics.timesteps)
+    solution = method.solve(sites, None if seen is None else seen.timesteps)
     for group, site in zip(groups, sites, strict=True):
         _place(group, solution, site.weights[0].shape[1], config, plans)
-        if site.statistics is not None and statistics is not None:
-            _find_ranges(group, site.statistics, statistics.timesteps, method, solution, plans)
+        if site.statistics is not None and seen is not None:
+            _use_statistics(group, site.statistics, seen.timesteps, method, solution, plans)
     attention = _attention_scales(spec, config, statistics) if config.quantize_attention else {}
     return Plan(plans, kept, attention, config.activation_bits)
 
@@ -157,7 +172,7 @@ def _site(
     return Site(
         name=group.name,
         weights=tuple(linear.weight.detach() for linear in linears),  # type: ignore[operator]
-        statistics=None if statistics is None or weight_only else _statistics_of(group, statistics),
+        statistics=None if statistics is None else _statistics_of(group, statistics),
         transformable=not weight_only,
         has_producer=group.producer is not None,
     )
@@ -216,7 +231,7 @@ def _obstacle(
     return None
 
 
-def _find_ranges(
+def _use_statistics(
     group: LinearGroup,
     site: SiteStatistics,
     timesteps: Tensor,
@@ -224,11 +239,15 @@ def _find_ranges(
     solution: Solution,
     plans: dict[str, LinearPlan],
 ) -> None:
-    """Static input ranges; linears of a group that agree on the scheme share one search."""
+    """Static input ranges and samples; linears of a group that agree on the scheme share one search."""
     chain = solution.chains.get(group.name, Chain())
+    sample = InputSample(site.tokens, timesteps)
     found: dict[QuantScheme, InputRange] = {}
     for name in group.linears:
-        scheme = plans[name].scheme if name in plans else None
+        if name not in plans:
+            continue
+        plans[name] = replace(plans[name], sample=sample, corrects_bias=method.corrects_bias)
+        scheme = plans[name].scheme
         if scheme is None or scheme.dynamic:
             continue
         if scheme not in found:
@@ -249,7 +268,7 @@ def static_range(
     group = group_of(timesteps, chain.boundaries)
     low = chain.forward(site.minimum, group).amin(dim=1)  # [S]; the transforms here keep the order of values
     high = chain.forward(site.maximum, group).amax(dim=1)
-    tokens = chain.forward(site.tokens.float(), group)  # [S, R, K]
+    tokens = InputSample(site.tokens, timesteps).transformed(chain)
     range_group = group_of(timesteps, boundaries)
     parameters = []
     for g in range(len(boundaries) + 1):

@@ -12,7 +12,7 @@ from diffusers_dq.calibration import calibrate
 from diffusers_dq.config import DQConfig
 from diffusers_dq.conversion import convert
 from diffusers_dq.denoise import Call, denoiser
-from diffusers_dq.quantizer import DQQuantizer, model_dtype
+from diffusers_dq.quantizer import DQQuantizer
 from diffusers_dq.report import QuantizationReport, inspect
 from diffusers_dq.statistics import Statistics
 
@@ -54,7 +54,7 @@ def quantize(
     if isinstance(statistics, (str, os.PathLike)):
         statistics = Statistics.load(statistics)
     with torch.no_grad():
-        done = convert(model, config, statistics, dtype=model_dtype(model), progress=progress)
+        done = convert(model, config, statistics, dtype=model.dtype, progress=progress)
     (prepared or DQQuantizer(done)).adopt(model, done)
     return inspect(model)
 

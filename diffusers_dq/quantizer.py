@@ -3,10 +3,11 @@
 
 import copy
 import logging
+import re
+from dataclasses import replace
 from typing import Any
 
 import torch
-from accelerate.utils import set_module_tensor_to_device
 from diffusers.configuration_utils import FrozenDict
 from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from diffusers.quantizers.base import DiffusersQuantizer
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from diffusers_dq import installation
 from diffusers_dq.config import DQConfig, DQMethod
 from diffusers_dq.conversion import Conversion, convert
+from diffusers_dq.installation import Description
 from diffusers_dq.linear import QuantizedLinear
 from diffusers_dq.statistics import Statistics
 
@@ -37,12 +39,14 @@ class DQQuantizer(DiffusersQuantizer):
 
     def __init__(self, quantization_config: DQConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
+        result = quantization_config.result
+        self.description = None if result is None else Description.from_dict(result)
         # from_single_file claims every model to be quantized already: what is true is in the config.
-        self.pre_quantized = quantization_config.result is not None
+        self.pre_quantized = self.description is not None
         self.prepared = False
         self._conversion: Conversion | None = None
-        self._dtype: torch.dtype | None = None
-        self._loaded_keys: set[str] | None = None
+        self._dtype = torch.get_default_dtype()
+        self._loaded_keys: set[str] = set()
 
     # Before loading
 
@@ -57,10 +61,10 @@ class DQQuantizer(DiffusersQuantizer):
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype | None:
         """A saved model comes back in the dtype it was saved in, unless the caller wants another."""
-        result = self.quantization_config.result
-        if torch_dtype is None and result is not None:
-            torch_dtype = getattr(torch, result["dtype"])
-        self._dtype = torch_dtype
+        if self.description is not None:
+            torch_dtype = torch_dtype or self.description.dtype
+            self.description = replace(self.description, dtype=torch_dtype)
+        self._dtype = torch_dtype or torch.get_default_dtype()
         return torch_dtype
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
@@ -73,14 +77,13 @@ class DQQuantizer(DiffusersQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         config = self.quantization_config
-        if self.pre_quantized:
-            assert config.result is not None
-            installation.install_skeleton(model, config.result)
+        if self.description is not None:
+            installation.install_skeleton(model, self.description)
             return
         needs_statistics = config.make_method().needs_statistics or config.quantize_attention
         self.prepared = needs_statistics and config.statistics is None
         if not needs_statistics:
-            self._conversion = Conversion(model, config, None, self._dtype or torch.float32)
+            self._conversion = Conversion(model, config, None, self._dtype)
 
     # While tensors arrive
 
@@ -88,14 +91,13 @@ class DQQuantizer(DiffusersQuantizer):
         return [key for key in missing_keys if not self._is_tied_copy(key)]
 
     def _is_tied_copy(self, key: str) -> bool:
-        tied = (self.quantization_config.result or {}).get("tied", {})
-        return any(key.startswith(f"{name}.") for name in tied)
+        return self.description is not None and any(key.startswith(f"{name}.") for name in self.description.tied)
 
     def check_if_quantized_param(
         self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
     ) -> bool:
         if self.pre_quantized:
-            return installation.is_own(model, param_name)
+            return True  # every tensor is compared with what config.json says, ours and others
         return self._conversion is not None and self._linear_of(param_name) in self._conversion.plan.linears
 
     @staticmethod
@@ -119,19 +121,19 @@ class DQQuantizer(DiffusersQuantizer):
         **kwargs: Any,
     ) -> None:
         """`param_value` has been cast to the model's dtype by now; the tensor of the file is in `state_dict`."""
-        value = state_dict[param_name]
+        stored = state_dict[param_name]
         if self.pre_quantized:
-            expected = _tensor(model, param_name)
-            if value.dtype != expected.dtype:
-                raise ValueError(f"{param_name} is {value.dtype} in the file, expected {expected.dtype}: the file is damaged")
-            set_module_tensor_to_device(model, param_name, target_device, value=value)
+            expected, own = _tensor(model, param_name).dtype, installation.is_own(model, param_name)
+            if not _fits(stored.dtype, expected, own):
+                raise ValueError(f"{param_name} is {stored.dtype} in the file, expected {expected}: the file is damaged")
+            _set_tensor(model, param_name, (stored.to(expected) if own else param_value).to(target_device))
             return
         assert self._conversion is not None
         name = self._linear_of(param_name)
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
         loaded = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
-        loaded.weight = nn.Parameter(value.to(target_device), requires_grad=False)
+        loaded.weight = nn.Parameter(stored.to(target_device), requires_grad=False)
         loaded.bias = linear.bias  # on meta still, or loaded already; loading goes on by name
         model.set_submodule(name, self._conversion.build(name, loaded))
 
@@ -139,13 +141,13 @@ class DQQuantizer(DiffusersQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         config = self.quantization_config
-        if self.pre_quantized:
-            self._check_complete(model)
+        self._check_complete(model)
+        if self.description is not None:
             for module in model.modules():
                 if isinstance(module, QuantizedLinear):
                     module.finish_loading()
-            device = next(p.device for p in model.parameters())
-            getattr(model, installation.GROUPS).to(device)
+            getattr(model, installation.GROUPS).to(model.device)
+            self.adopt(model, config.copy(result=self.description.to_dict()))
         elif self.prepared:
             model.is_quantized = False  # type: ignore[assignment]  # its weights are still as they were
             logger.warning(
@@ -159,26 +161,26 @@ class DQQuantizer(DiffusersQuantizer):
         else:
             assert config.statistics is not None
             statistics = Statistics.load(config.statistics)
-            self.adopt(model, convert(model, config, statistics, dtype=model_dtype(model), progress=False))
+            self.adopt(model, convert(model, config, statistics, dtype=model.dtype, progress=False))  # type: ignore[arg-type]
         return model
 
     def adopt(self, model: nn.Module, config: DQConfig) -> None:
         """The model is quantized as `config.result` says: be its quantizer."""
-        self.quantization_config = config
+        assert config.result is not None
+        self.quantization_config, self.description = config, Description.from_dict(config.result)
         self.pre_quantized, self.prepared, self.statistics = True, False, None
         model.hf_quantizer = self  # type: ignore[assignment]
         model.is_quantized = True  # type: ignore[assignment]
         model.quantization_method = DQMethod.DIFFUSERS_DQ  # type: ignore[assignment]
-        dtype = str(model_dtype(model)).removeprefix("torch.")
-        model.register_to_config(quantization_config=config, _pre_quantization_dtype=dtype)  # type: ignore[operator]
+        model.register_to_config(quantization_config=config)  # type: ignore[operator]
 
     def _check_complete(self, model: nn.Module) -> None:
-        """diffusers leaves missing tensors on the meta device and skips extra ones without a word."""
+        """diffusers leaves missing tensors on the meta device and skips extra ones with no more than a warning."""
         expected = model.state_dict()
         missing = sorted(name for name, tensor in expected.items() if tensor.device.type == "meta")
-        ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
-        extra = sorted((self._loaded_keys or set()) - expected.keys())
-        extra = [key for key in extra if not any(pattern in key for pattern in ignored)]
+        ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+        loaded = self._loaded_keys if self.pre_quantized else set()
+        extra = [key for key in sorted(loaded - expected.keys()) if not any(re.search(p, key) for p in ignored)]
         if missing or extra:
             raise ValueError(
                 f"the file does not hold the tensors that config.json describes: {len(missing)} missing"
@@ -213,20 +215,20 @@ class DQQuantizer(DiffusersQuantizer):
         if not safe_serialization:
             raise ValueError("a quantized model is saved with safe_serialization=True only: nothing here is unpickled")
         kept = {key: value for key, value in state_dict.items() if not self._is_tied_copy(key)}
-        return kept, {"diffusers_dq_format": str(self.quantization_config.format_version)}
+        return kept, {}
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
         """Ordinary linears again, with what rounding has left; refused, before anything changes, where the timestep
         group has become part of the function."""
-        dtype = model_dtype(model)
         linears = {}
         for name, module in model.named_modules():
             if isinstance(module, QuantizedLinear):
                 try:
-                    linears[name] = module.dequantized(dtype)
+                    linears[name] = module.dequantized(model.dtype)  # type: ignore[arg-type]
                 except ValueError as error:
                     raise ValueError(f"cannot dequantize {name}: {error}") from None
-        installation.uninstall(model, self.quantization_config.result or {})
+        if self.description is not None:
+            installation.uninstall(model, self.description)
         for name, linear in linears.items():
             model.set_submodule(name, linear)
         private = ("quantization_config", "_pre_quantization_dtype")
@@ -241,15 +243,24 @@ class DQQuantizer(DiffusersQuantizer):
         return twin
 
 
-def model_dtype(model: nn.Module) -> torch.dtype:
-    """Of the floating-point parameters that no quantizer owns."""
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+def _fits(stored: torch.dtype, expected: torch.dtype, own: bool) -> bool:
+    """Integers have one dtype, tables have at least fp32, and tensors of the model come in any precision."""
+    if not expected.is_floating_point:
+        return stored == expected
+    return stored.is_floating_point and (not own or stored.itemsize >= torch.float32.itemsize)
 
 
 def _tensor(model: nn.Module, name: str) -> Tensor:
     owner, _, leaf = name.rpartition(".")
     tensor: Tensor = getattr(model.get_submodule(owner), leaf)
     return tensor
+
+
+def _set_tensor(model: nn.Module, name: str, value: Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    old = getattr(module, leaf)
+    setattr(module, leaf, nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value)
 
 
 def register() -> None:

@@ -119,15 +119,20 @@ class Statistics:
         return statistics
 
     def check_finite(self) -> None:
-        """Raises ValueError that names the first site and step whose extremes are not numbers."""
+        """Raises ValueError that names the first step, and in it the first site, whose extremes are not numbers."""
+        first = len(self.timesteps), ""
         for name, site in self.sites.items():
             unvisited = torch.isposinf(site.minimum) & torch.isneginf(site.maximum)
             finite = torch.isfinite(site.minimum) & torch.isfinite(site.maximum)
-            for step in (~(finite | unvisited)).any(dim=1).nonzero().flatten().tolist():
-                raise ValueError(
-                    f"{name} received NaN or infinite values at step {step} (timestep {float(self.timesteps[step]):g});"
-                    " statistics of it would be meaningless. Check the model's dtype (fp16 overflow?) and inputs"
-                )
+            bad = (~(finite | unvisited)).any(dim=1).nonzero().flatten().tolist()
+            if bad and bad[0] < first[0]:
+                first = bad[0], name
+        step, name = first
+        if name:
+            raise ValueError(
+                f"{name} received NaN or infinite values at step {step} (timestep {float(self.timesteps[step]):g});"
+                " statistics of it would be meaningless. Check the model's dtype (fp16 overflow?) and inputs"
+            )
 
     def check_model(self, model: nn.Module) -> None:
         """Raises ValueError unless the statistics were taken on this architecture with these weights."""

@@ -1,10 +1,62 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton kernels run in the interpreter where there is no GPU: the variable must be set before Triton is imported."""
+"""Triton kernels run in the interpreter where there is no GPU: the variable must be set before Triton is imported.
+
+Below: tiny models with random weights, shared by the tests of the package. diffusers is imported where it is needed, so
+that the kernel tests do not wait for it.
+"""
 
 import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture(scope="session")
+def dit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved DiTPipeline: 2 blocks of width 32; its embedders are equal in both blocks, as in published checkpoints."""
+    from support import tiny_pipeline
+
+    pipe = tiny_pipeline(out_channels=4)
+    first, second = (block.norm1.emb for block in pipe.transformer.transformer_blocks)
+    second.load_state_dict(first.state_dict())
+    folder = tmp_path_factory.mktemp("dit")
+    pipe.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dit_statistics(dit_folder: Path) -> Any:
+    """Of the model in `dit_folder` in fp32, 10 steps; `dit_statistics_path` is its file."""
+    import diffusers_dq as dq
+    from diffusers import DiTPipeline
+    from support import CALLS
+
+    return dq.calibrate(DiTPipeline.from_pretrained(dit_folder), CALLS, num_inference_steps=10, progress=False)
+
+
+@pytest.fixture(scope="session")
+def dit_statistics_path(dit_statistics: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = str(tmp_path_factory.mktemp("statistics") / "dit.safetensors")
+    dit_statistics.save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def run_dit() -> Callable[..., torch.Tensor]:
+    """A function: what a DiT makes of the same noise at the given timesteps, [T, 2, 4, 8, 8]."""
+
+    @torch.no_grad()
+    def run(model: torch.nn.Module, timesteps: tuple[int, ...] = (950, 500, 20)) -> torch.Tensor:
+        noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        x = noise.to(next(p.dtype for p in model.parameters() if p.is_floating_point()))
+        labels = torch.tensor([1, 2])
+        return torch.stack([model(x, timestep=torch.tensor([t, t]), class_labels=labels).sample for t in timesteps])
+
+    return run

@@ -20,6 +20,7 @@ def tiny_dit(seed: int = 0, **changes: Any) -> DiTTransformer2DModel:
         num_attention_heads=2,
         attention_head_dim=16,
         in_channels=4,
+        out_channels=4,
         num_layers=2,
         sample_size=8,
         patch_size=2,

@@ -70,6 +70,11 @@ class Method(ABC):
         """How static ranges of weights and activations are found."""
         return "minmax"
 
+    @property
+    def corrects_bias(self) -> bool:
+        """Whether the mean error that rounding leaves in a layer's output, a timestep group, is taken off its bias."""
+        return False
+
     def range_boundaries(self, chain: Chain) -> tuple[float, ...]:
         """Timestep partition of the static activation ranges of a site with this chain; () for one range."""
         return ()

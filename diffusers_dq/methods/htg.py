@@ -29,7 +29,10 @@ class HTGOptions:
     ema: alpha of Eq. 7.   ema_steps: the T that alpha is meant for; with another T it becomes alpha^(ema_steps / T), so
         that the first step keeps its weight. None is the paper's literal form, the same alpha for every T.
     ranges: "model", one activation range for all timesteps, or "group", one a timestep group.
-    search: "mse", the least L2.4 error of 80 shrunken ranges (Q-Diffusion, as the paper), or "minmax".
+    search: ranges of the least L2.4 error among 80 shrunken ones: "mse" as Q-Diffusion and the paper find them, "output"
+        with a weight's columns counted by the size of the inputs they meet, which s has made unequal; or "minmax".
+    bias_correction: take the mean error that rounding and clipping leave in an output off its grouped bias, which costs
+        nothing at run time (not in the paper).
     online: also transform inputs that nothing upstream can carry (fc2), in the quantize step; None does so only for
         an architecture of which no producer is known.
     """
@@ -40,7 +43,8 @@ class HTGOptions:
     ema: float = 0.99
     ema_steps: int | None = 100
     ranges: Literal["model", "group"] = "model"
-    search: RangeSearch = "mse"
+    search: RangeSearch = "output"
+    bias_correction: bool = True
     online: bool | None = None
 
     def __post_init__(self) -> None:
@@ -59,7 +63,7 @@ _CHOICES = {
     "linkage": ("optimal", "ward", "average", "centroid"),
     "scope": ("model", "layer"),
     "ranges": ("model", "group"),
-    "search": ("mse", "minmax"),
+    "search": ("output", "mse", "minmax"),
 }
 
 
@@ -76,6 +80,10 @@ class HTG(Method):
     @property
     def range_search(self) -> RangeSearch:
         return self.options.search
+
+    @property
+    def corrects_bias(self) -> bool:
+        return self.options.bias_correction
 
     def activation_scheme(self, bits: int) -> QuantScheme:
         return QuantScheme(bits=bits, granularity="tensor", symmetric=False)

@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+import torch
+from diffusers import DDIMScheduler, FluxTransformer2DModel
+from support import CALLS, tiny_dit, tiny_pipeline
+from torch import nn
+
+import diffusers_dq as dq
+from diffusers_dq.calibration import _Recorder
+from diffusers_dq.denoise import TimestepArgument, denoiser
+
+STEPS = 5
+
+
+def calibrate(pipe=None, calls=CALLS, **arguments):
+    return dq.calibrate(pipe or tiny_pipeline(), calls, num_inference_steps=STEPS, progress=False, **arguments)
+
+
+def count_hooks(model: nn.Module) -> int:
+    return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
+
+
+def assert_same(first: dq.Statistics, second: dq.Statistics) -> None:
+    assert torch.equal(first.timesteps, second.timesteps)
+    assert first.sites.keys() == second.sites.keys()
+    for name, site in first.sites.items():
+        assert site.linears == second.sites[name].linears
+        for key, value in site.tensors().items():
+            assert torch.equal(value, second.sites[name].tensors()[key]), (name, key)
+
+
+def test_extremes_are_those_of_everything_the_linear_received():
+    pipe = tiny_pipeline()
+    name = "transformer_blocks.1.ff.net.2"
+    received: dict[float, list[torch.Tensor]] = {}
+    now = []
+    pipe.transformer.register_forward_pre_hook(lambda m, a, k: now.append(float(k["timestep"][0])), with_kwargs=True)
+    pipe.transformer.get_submodule(name).register_forward_pre_hook(
+        lambda m, a: received.setdefault(now[-1], []).append(a[0].flatten(0, 1))
+    )
+    statistics = calibrate(pipe)
+    site = statistics.sites[name]
+    assert statistics.timesteps.tolist() == list(received), "in the order of denoising"
+    assert statistics.descending
+    for step, parts in enumerate(received.values()):
+        x = torch.cat(parts)
+        assert len(parts) == len(CALLS)
+        assert torch.equal(site.minimum[step], x.amin(0))
+        assert torch.equal(site.maximum[step], x.amax(0))
+        rows = x.bfloat16()
+        for token in site.tokens[step]:
+            assert (rows == token).all(1).any(), "a sampled token is one that was received"
+
+
+def test_linears_of_a_group_share_one_site_and_attention_operands_have_their_own():
+    sites = calibrate().sites
+    block = "transformer_blocks.0.attn1"
+    assert sites[f"{block}.to_q"].linears == (f"{block}.to_q", f"{block}.to_k", f"{block}.to_v")
+    assert f"{block}.to_k" not in sites
+    assert {f"{block}.to_{letter}:output" for letter in "qkv"} <= sites.keys()
+
+
+def test_a_seed_gives_the_same_statistics_again_and_another_seed_others():
+    first = calibrate(seed=3)
+    assert_same(first, calibrate(seed=3))
+    other = calibrate(seed=4).sites["transformer_blocks.0.ff.net.2"]
+    assert not torch.equal(first.sites["transformer_blocks.0.ff.net.2"].maximum, other.maximum)
+
+
+def test_save_and_load(tmp_path):
+    statistics = calibrate()
+    statistics.save(tmp_path / "stats.safetensors")
+    loaded = dq.Statistics.load(tmp_path / "stats.safetensors")
+    assert_same(statistics, loaded)
+    assert loaded.about == statistics.about
+    assert [path.name for path in tmp_path.iterdir()] == ["stats.safetensors"]
+    loaded.check_model(tiny_dit())
+
+
+def test_memory_is_what_the_docstring_says():
+    pipe = tiny_pipeline()
+    one, two = calibrate(pipe, CALLS[:1]), calibrate(pipe, CALLS)
+    for name, site in two.sites.items():
+        channels = site.minimum.shape[1]
+        # four vectors a forward reach a modulation linear, which is fewer than the eight tokens kept of others
+        kept = site.tokens.shape[1]
+        assert kept <= 8
+        held = site.minimum.nbytes + site.maximum.nbytes + site.tokens.nbytes
+        assert held == STEPS * channels * (8 + 2 * kept) <= 24 * STEPS * channels
+        assert one.sites[name].minimum.shape == site.minimum.shape
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_hooks_and_progress_settings_are_as_before_after_an_interruption(error):
+    pipe = tiny_pipeline()
+    before = count_hooks(pipe.transformer)
+    settings = dict(pipe._progress_bar_config)
+    handle = pipe.transformer.transformer_blocks[1].register_forward_hook(lambda *_: (_ for _ in ()).throw(error()))
+    with pytest.raises(error):
+        calibrate(pipe)
+    handle.remove()
+    assert count_hooks(pipe.transformer) == before
+    assert pipe._progress_bar_config == settings
+    calibrate(pipe)
+    assert count_hooks(pipe.transformer) == before
+
+
+def test_an_interrupted_run_resumes_to_the_same_statistics(tmp_path):
+    path = tmp_path / "unfinished.safetensors"
+    pipe = tiny_pipeline()
+    forwards = []
+
+    def interrupt(*_):
+        forwards.append(1)
+        if len(forwards) == STEPS + 2:  # in the second of two calls
+            raise KeyboardInterrupt
+
+    handle = pipe.transformer.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(pipe, checkpoint=path)
+    handle.remove()
+    assert dq.Statistics.load(path).about["calls_done"] == 1
+    counted = []
+    pipe.transformer.register_forward_pre_hook(lambda *_: counted.append(1))
+    resumed = calibrate(pipe, checkpoint=path)
+    assert len(counted) == STEPS, "only the second call runs again"
+    assert_same(resumed, calibrate())
+    calibrate(pipe, checkpoint=path)
+    assert len(counted) == STEPS, "a finished run is not repeated"
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    path = tmp_path / "run.safetensors"
+    calibrate(checkpoint=path)
+    with pytest.raises(ValueError, match="another run: its seed is 0, now it is 1"):
+        calibrate(checkpoint=path, seed=1)
+    with pytest.raises(ValueError, match="with other weights"):
+        calibrate(tiny_pipeline(seed=9), checkpoint=path)
+
+
+class SequentialGuidance(type(tiny_pipeline())):
+    """Two forwards a step, one a guidance branch, and a callback: as FLUX, SD3 or Wan pipelines do it."""
+
+    def __call__(
+        self, class_labels, generator=None, num_inference_steps=5, callback_on_step_end=None, return_dict=True
+    ):
+        latents = torch.randn(1, 4, 8, 8, generator=generator)
+        self.scheduler.set_timesteps(num_inference_steps)
+        for i, t in enumerate(self.scheduler.timesteps):
+            for label in (*class_labels, 1000):
+                # positional, as HunyuanDiT and Z-Image pass it
+                noise = self.transformer(latents, t[None], torch.tensor([label])).sample
+            latents = self.scheduler.step(noise, t, latents).prev_sample
+            if callback_on_step_end is not None:
+                callback_on_step_end(self, i, t, {})
+        return (latents,)
+
+
+def test_sequential_guidance_positional_timesteps_and_the_callers_callback():
+    base = tiny_pipeline()
+    pipe = SequentialGuidance(base.transformer, base.vae, base.scheduler)
+    seen = []
+
+    def callback(pipe, step, timestep, tensors):
+        seen.append(step)
+        return tensors
+
+    statistics = calibrate(pipe, [dict(class_labels=[3], callback_on_step_end=callback)])
+    assert seen == list(range(STEPS))
+    assert len(statistics.timesteps) == STEPS
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_activations_that_are_no_numbers_name_module_and_step(value):
+    pipe = tiny_pipeline()
+    calls = []
+
+    def poison(module, args, output):
+        calls.append(1)
+        if len(calls) == 3:
+            output = output.clone()
+            output[0, 0, 0] = value
+        return output
+
+    pipe.transformer.transformer_blocks[1].ff.net[0].register_forward_hook(poison)
+    with pytest.raises(ValueError, match=r"transformer_blocks.1.ff.net.2 received NaN or infinite values at step 2"):
+        calibrate(pipe)
+
+
+def test_arguments_are_checked_before_anything_runs():
+    pipe = tiny_pipeline()
+    with pytest.raises(TypeError, match=r"calls\[1\].*'prompt'.*DiTPipeline takes: class_labels"):
+        calibrate(pipe, [CALLS[0], dict(prompt="a cat")])
+    with pytest.raises(ValueError, match="non-empty list of dicts"):
+        calibrate(pipe, CALLS[0])
+    with pytest.raises(ValueError, match="non-empty list"):
+        calibrate(pipe, [])
+    with pytest.raises(ValueError, match=r"calls\[0\] sets num_inference_steps"):
+        calibrate(pipe, [dict(class_labels=[1], num_inference_steps=3)])
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        dq.calibrate(pipe, CALLS, num_inference_steps=0)
+
+
+def test_a_quantized_model_is_not_calibrated():
+    pipe = tiny_pipeline()
+    dq.quantize(pipe, dq.DQConfig("rtn"), progress=False)
+    with pytest.raises(ValueError, match="quantized already"):
+        calibrate(pipe)
+
+
+def test_what_is_no_diffusion_transformer_is_named():
+    with pytest.raises(ValueError, match="expected a diffusers pipeline or transformer, got Linear"):
+        denoiser(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"AutoencoderKL.forward has no argument named timestep"):
+        TimestepArgument.of(tiny_pipeline().vae)
+
+
+def test_linears_of_an_unknown_architecture_are_grouped_by_the_tensor_they_receive():
+    torch.manual_seed(0)
+    flux = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        axes_dims_rope=(4, 4, 8),
+    )
+    recorder = _Recorder(flux, seed=0)
+    inputs = dict(
+        hidden_states=torch.randn(1, 16, 4),
+        encoder_hidden_states=torch.randn(1, 6, 32),
+        pooled_projections=torch.randn(1, 32),
+        timestep=torch.tensor([0.5]),
+        img_ids=torch.zeros(16, 3),
+        txt_ids=torch.zeros(6, 3),
+    )
+    with torch.no_grad(), recorder.attached():
+        flux(**inputs)
+        flux(**inputs)
+    groups = set(recorder.linears.values())
+    block = "transformer_blocks.0.attn"
+    assert (f"{block}.to_q", f"{block}.to_k", f"{block}.to_v") in groups
+    assert (f"{block}.add_q_proj", f"{block}.add_k_proj", f"{block}.add_v_proj") in groups
+    assert ("transformer_blocks.0.ff.net.2",) in groups
+    members = [linear for group in groups for linear in group]
+    assert len(members) == len(set(members)), "no linear is in two groups"
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda data: data[: len(data) // 2], "damaged or cut short"),
+        (lambda data: b"not a safetensors file", "damaged or cut short"),
+        (lambda data: b"", "damaged or cut short"),
+    ],
+)
+def test_a_damaged_statistics_file_is_refused(tmp_path, damage, message):
+    path = tmp_path / "stats.safetensors"
+    calibrate().save(path)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=message):
+        dq.Statistics.load(path)
+
+
+def test_another_safetensors_file_and_a_missing_one(tmp_path):
+    tiny_dit().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="not one of statistics"):
+        dq.Statistics.load(tmp_path / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(FileNotFoundError, match="no statistics file at"):
+        dq.Statistics.load(tmp_path / "nothing.safetensors")
+
+
+def test_statistics_know_their_checkpoint_in_any_dtype_and_refuse_another():
+    statistics = calibrate()
+    statistics.check_model(tiny_dit().to(torch.bfloat16))
+    with pytest.raises(ValueError, match="with other weights"):
+        statistics.check_model(tiny_dit(seed=1))
+    with pytest.raises(ValueError, match="of another size"):
+        statistics.check_model(tiny_dit(num_layers=3))
+    with pytest.raises(ValueError, match="are of a DiTTransformer2DModel, the model is a Linear"):
+        statistics.check_model(nn.Linear(2, 2))
+
+
+def test_another_scheduler_visits_other_timesteps():
+    pipe = tiny_pipeline()
+    pipe.scheduler = DDIMScheduler(timestep_spacing="trailing")
+    assert not torch.equal(calibrate(pipe).timesteps, calibrate().timesteps)
