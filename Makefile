@@ -16,13 +16,13 @@ demo: .venv/installed ## calibrate, quantize and compare the demo model; writes 
 	$(BIN)/python examples/demo.py
 
 test: .venv/installed ## the whole suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 check: .venv/installed ## what a commit must pass: lint, types, import contracts, quick tests
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n auto -m "not slow"
 
 style: .venv/installed ## reformat
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .

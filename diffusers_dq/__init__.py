@@ -6,6 +6,7 @@ Importing the package registers quant_method "diffusers_dq" with diffusers.
 
 from diffusers_dq.calibration import calibrate
 from diffusers_dq.config import DQConfig
+from diffusers_dq.evaluation import Comparison, compare
 from diffusers_dq.methods import methods
 from diffusers_dq.quantize import quantize
 from diffusers_dq.quantizer import register
@@ -15,11 +16,13 @@ from diffusers_dq.statistics import Statistics
 __version__ = "0.1.0"
 
 __all__ = [
+    "Comparison",
     "DQConfig",
     "LinearReport",
     "QuantizationReport",
     "Statistics",
     "calibrate",
+    "compare",
     "inspect",
     "methods",
     "quantize",

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from diffusers_dq.scheme import QuantScheme
 
-# "minmax" covers all; "mse" is Q-Diffusion's search; "output" is the same search with a weight's columns counted by the
-# size of the inputs they meet.
+# "minmax" covers all; "mse" is Q-Diffusion's search; "output" is the same search, in which an error in a weight's
+# column counts by the size of the inputs it meets.
 RangeSearch = Literal["minmax", "mse", "output"]
 
 SHRINK_STEPS = 80  # Q-Diffusion tries the ranges 1.00, 0.99, ... 0.21 of the full one,

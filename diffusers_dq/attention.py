@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QK^T and AV over integers, as PTQ4DiT and HTG quantize attention: static per-tensor query, key, value, 8-bit softmax.
+"""QK^T and AV over integers, as PTQ4DiT and HTG quantize attention: static per-tensor operands, rounded softmax.
 
 Notation: B batch, H heads, N tokens, D head width.
 """
@@ -21,8 +21,8 @@ class QuantizedAttnProcessor:
 
     query, key and value are rounded symmetrically with the scales `query_scale`, `key_scale`, `value_scale` [1] that
     `attach` registers as buffers of the Attention module; probabilities, in [0, 1], to 2^bits - 1 levels. The integers
-    are multiplied as fp32 numbers. That is exact integer arithmetic: |q k^T| <= D 127^2 < 2^24 for D <= 1040, and a row of
-    probabilities adds up to no more than 255 + N / 2 levels, so |A v| < 2^24 for N <= 2^17. It saves no time.
+    are multiplied as fp32 numbers. That is exact integer arithmetic: |q k^T| <= D 128^2 <= 2^24 for D <= 1024, and a
+    row of probabilities adds up to no more than 255 + N / 2 levels, so |A v| < 2^24 for N <= 2^17. It saves no time.
     """
 
     def __init__(self, bits: int) -> None:

@@ -4,10 +4,10 @@
 Notation: N out_features, K in_features, G timestep groups.
 """
 
-import diffusers_dq_kernels as ops
 import torch
 from torch import Tensor, nn
 
+import diffusers_dq_kernels as ops
 from diffusers_dq import affine
 from diffusers_dq.linear import LinearLayout, QuantizedLinear
 from diffusers_dq.planning import LinearPlan

@@ -32,9 +32,9 @@ def calibrate(
 ) -> Statistics:
     """Run the pipeline on `calls` and return per-step statistics of its transformer's activations.
 
-    calls: keyword arguments of `pipe(...)`, one dict a call. Call i runs with `torch.Generator().manual_seed(seed + i)`
-        unless it brings its own generator, so a seed gives the same statistics again on the same machine.
-    num_inference_steps: the steps S of each call, as at inference; methods interpolate to other step counts.
+    calls: keyword arguments of `pipe(...)`, one dict a call. Call i runs with a generator seeded `seed + i`, unless it
+        brings its own, so a seed gives the same statistics again on the same machine.
+    num_inference_steps: the steps S of each call. Inference may take another number, and another scheduler.
     checkpoint: a file written after each call. The same function call again resumes behind the last whole call there;
         it raises ValueError when the file belongs to another run.
 
@@ -67,7 +67,11 @@ def calibrate(
             recorder.start_call(i)
             with _step_progress(pipe, transformer, calls[i], bar.update) as callback:
                 run_call(
-                    pipe, {**calls[i], **callback}, num_inference_steps=num_inference_steps, seed=seed + i, output_type="latent"
+                    pipe,
+                    {**calls[i], **callback},
+                    num_inference_steps=num_inference_steps,
+                    seed=seed + i,
+                    output_type="latent",
                 )
             statistics = recorder.statistics(about | {"calls_done": i + 1})
             statistics.check_finite()
@@ -106,7 +110,7 @@ def _brief(value: Any) -> str:
 def _step_progress(
     pipe: DiffusionPipeline, transformer: nn.Module, call: Call, advance: Callable[[int], object]
 ) -> Iterator[dict[str, Any]]:
-    """Advance once a step: through `callback_on_step_end` where the pipeline has one, else when the timestep changes."""
+    """Advance once a step: by `callback_on_step_end` where the pipeline has it, else when the timestep changes."""
     if "callback_on_step_end" in inspect.signature(pipe.__call__).parameters:
         theirs = call.get("callback_on_step_end")
 

@@ -69,7 +69,9 @@ class DQConfig(QuantizationConfigMixin):
                 " upgrade diffusers_dq"
             )
         if isinstance(modules_to_not_convert, str):
-            raise ValueError(f"modules_to_not_convert must be a list of strings, got the string {modules_to_not_convert!r}")
+            raise ValueError(
+                f"modules_to_not_convert must be a list of strings, got the string {modules_to_not_convert!r}"
+            )
         self.quant_method = DQMethod.DIFFUSERS_DQ
         self.format_version = format_version
         self.method = method
@@ -89,7 +91,9 @@ class DQConfig(QuantizationConfigMixin):
         for glob, bits in self.overrides.items():
             unknown = set(bits) - {"weight_bits", "activation_bits"}
             if unknown:
-                raise ValueError(f"overrides[{glob!r}] sets {sorted(unknown)}; it may set weight_bits and activation_bits")
+                raise ValueError(
+                    f"overrides[{glob!r}] sets {sorted(unknown)}; it may set weight_bits and activation_bits"
+                )
             self._overridden(Bits(self.weight_bits, self.activation_bits), bits)
         if self.quantize_attention and self.activation_bits == NOT_ROUNDED:
             raise ValueError("quantize_attention=True rounds to activation_bits, which is 16 (not rounded)")

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Turns a full-precision transformer into a quantized one: everything is built first, then put in place at once."""
 
-
 import torch
 from torch import nn
 from tqdm.auto import tqdm

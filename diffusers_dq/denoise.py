@@ -88,9 +88,7 @@ def check_calls(pipe: DiffusionPipeline, calls: Sequence[Call]) -> None:
             raise TypeError(f"calls[{i}]: {error}. {type(pipe).__name__} takes: {known}") from None
 
 
-def run_call(
-    pipe: DiffusionPipeline, call: Call, *, num_inference_steps: int, seed: int, **defaults: Any
-) -> Any:
+def run_call(pipe: DiffusionPipeline, call: Call, *, num_inference_steps: int, seed: int, **defaults: Any) -> Any:
     """One `pipe(**call)` under a CPU generator, so that a seed means the same noise on every device.
 
     defaults: further arguments, given where the pipeline knows them and the call does not set them.

@@ -48,8 +48,12 @@ class Description:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
-        linears = {name: layout.to_dict() for name, layout in self.linears.items()}
-        return asdict(self) | {"linears": linears, "dtype": str(self.dtype).removeprefix("torch.")}
+        return asdict(self) | {
+            "linears": {name: layout.to_dict() for name, layout in self.linears.items()},
+            "attention": list(self.attention),
+            "partitions": list(self.partitions),
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
 
     @classmethod
     def from_dict(cls, result: Mapping[str, Any]) -> "Description":

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
-import diffusers_dq_kernels as ops
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import diffusers_dq_kernels as ops
 from diffusers_dq.timesteps import TimestepGroups
 
 NOT_ROUNDED = 16
@@ -31,7 +31,9 @@ class Bits:
         if self.weight not in WEIGHT_BITS:
             raise ValueError(f"weight_bits must be one of {WEIGHT_BITS} (16: not rounded), got {self.weight!r}")
         if self.activation not in ACTIVATION_BITS:
-            raise ValueError(f"activation_bits must be one of {ACTIVATION_BITS} (16: not rounded), got {self.activation!r}")
+            raise ValueError(
+                f"activation_bits must be one of {ACTIVATION_BITS} (16: not rounded), got {self.activation!r}"
+            )
         if self.weight == NOT_ROUNDED and self.activation != NOT_ROUNDED:
             raise ValueError(
                 f"weight_bits=16 with activation_bits={self.activation} has no integer product; round the weight too"
@@ -88,7 +90,7 @@ class QuantizedLinear(nn.Linear):
 
     weight: Parameter, int8 [N, K], packed uint8 [N, K / 2] (packing.py), or floating point where not rounded.
     bias: Parameter [N] or None; with timestep groups it gives way to `bias_groups` [G, N].
-    Buffers, fp32 (fp64 in an fp64 model) whatever the model is cast to: weight_scale [N]; input_scale [1 or G] and
+    Buffers, fp32 (fp64 if nothing is rounded in an fp64 model) whatever the model is cast to: weight_scale [N]; input_scale [1 or G] and
     input_zero_point int32 of a static scheme; input_inv_smooth [K] and input_shift [1 or G, K] of an online transform.
     An `nn.Linear` by class, so that LoRA, offloading and skip lists find it.
     """
@@ -114,7 +116,8 @@ class QuantizedLinear(nn.Linear):
     ) -> None:
         super().__init__(in_features, out_features, bias=False, device="meta")
         dtype = dtype or torch.get_default_dtype()
-        table = torch.promote_types(dtype, torch.float32)
+        # the integer kernels take fp32; only what is not rounded has use for the precision of an fp64 model
+        table = torch.float32 if layout.rounds_weight else torch.promote_types(dtype, torch.float32)
         self.layout = layout
         self._groups = (groups,)  # in a tuple: shared by all layers, a submodule of none of them
         self.weight = nn.Parameter(self._empty_weight(dtype, device), requires_grad=False)

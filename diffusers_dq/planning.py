@@ -107,15 +107,23 @@ def kept_in_full_precision(model: nn.Module, spec: ModelSpec, config: DQConfig) 
             kept[name] = f"{skip!r} is in {whose} modules_to_not_convert"
         elif name not in known:
             kept[name] = f"not among the linears that the spec of {type(model).__name__} knows"
-        elif bits.weight == 4 and model.get_submodule(name).in_features % 2:
+        elif bits.weight == 4 and _in_features(model, name) % 2:
             kept[name] = "in_features is odd, and int4 packs two values of a row in a byte"
     return kept
+
+
+def _in_features(model: nn.Module, name: str) -> int:
+    linear = model.get_submodule(name)
+    assert isinstance(linear, nn.Linear)
+    return linear.in_features
 
 
 def _check_matches(linears: Sequence[str], config: DQConfig) -> None:
     for skip in config.modules_to_not_convert or ():
         if not any(skip in name for name in linears):
-            raise ValueError(f"modules_to_not_convert: {skip!r} is part of no linear's name; names look like {linears[:3]}")
+            raise ValueError(
+                f"modules_to_not_convert: {skip!r} is part of no linear's name; names look like {linears[:3]}"
+            )
     for glob in config.overrides:
         if not fnmatch.filter(linears, glob):
             raise ValueError(f"overrides: {glob!r} matches no linear; names look like {linears[:3]}")
@@ -182,15 +190,15 @@ def _statistics_of(group: LinearGroup, statistics: Statistics) -> SiteStatistics
     site = statistics.sites.get(group.name)
     if site is None or not site.visited.any():
         raise ValueError(
-            f"{group.name} was never reached during calibration, so its input is unknown; calibrate with calls that use"
-            " it, or add it to modules_to_not_convert"
+            f"{group.name} was never reached during calibration, so its input is unknown; calibrate with calls that"
+            " use it, or add it to modules_to_not_convert"
         )
     unvisited = (~site.visited).nonzero().flatten().tolist()
     if unvisited:
         steps = ", ".join(f"{float(statistics.timesteps[i]):g}" for i in unvisited[:5])
         raise ValueError(
-            f"{group.name} was not reached at the timesteps {steps}; calibrate with calls that use it there, or add it to"
-            " modules_to_not_convert"
+            f"{group.name} was not reached at the timesteps {steps}; calibrate with calls that use it there, or add it"
+            " to modules_to_not_convert"
         )
     return site
 
@@ -205,16 +213,16 @@ def _place(
     obstacle = _obstacle(group, chain, config, plans)
     for name in group.linears:
         if name in plans:
-            plans[name] = replace(plans[name], chain=chain, online=obstacle is not None, note=obstacle or plans[name].note)
+            plans[name] = replace(
+                plans[name], chain=chain, online=obstacle is not None, note=obstacle or plans[name].note
+            )
     if obstacle is None and group.producer is not None:
         updates = tuple((update, chain.boundaries) for update in group.producer.updates(chain, channels))
         producer = plans[group.producer.linear]
         plans[group.producer.linear] = replace(producer, rows=producer.rows + updates)
 
 
-def _obstacle(
-    group: LinearGroup, chain: Chain, config: DQConfig, plans: Mapping[str, LinearPlan]
-) -> str | None:
+def _obstacle(group: LinearGroup, chain: Chain, config: DQConfig, plans: Mapping[str, LinearPlan]) -> str | None:
     """Why the chain cannot be carried upstream, or None."""
     producer = group.producer
     if producer is None:

@@ -161,7 +161,7 @@ class DQQuantizer(DiffusersQuantizer):
         else:
             assert config.statistics is not None
             statistics = Statistics.load(config.statistics)
-            self.adopt(model, convert(model, config, statistics, dtype=model.dtype, progress=False))  # type: ignore[arg-type]
+            self.adopt(model, convert(model, config, statistics, dtype=model.dtype, progress=False))
         return model
 
     def adopt(self, model: nn.Module, config: DQConfig) -> None:
@@ -224,7 +224,7 @@ class DQQuantizer(DiffusersQuantizer):
         for name, module in model.named_modules():
             if isinstance(module, QuantizedLinear):
                 try:
-                    linears[name] = module.dequantized(model.dtype)  # type: ignore[arg-type]
+                    linears[name] = module.dequantized(model.dtype)
                 except ValueError as error:
                     raise ValueError(f"cannot dequantize {name}: {error}") from None
         if self.description is not None:

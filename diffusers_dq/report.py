@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import diffusers_dq_kernels as ops
 from diffusers import AutoModel
 from torch import nn
 
+import diffusers_dq_kernels as ops
 from diffusers_dq.denoise import denoiser
 from diffusers_dq.linear import LinearLayout, QuantizedLinear
 
@@ -59,11 +59,11 @@ class QuantizationReport:
             for row in self.linears
         ]
         widths = [max(len(line[i]) for line in (header, *rows)) for i in range(len(header))]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in (header, *rows)]
-        summary = (
-            f"{self.method}: {len(self.quantized)} of {len(self.linears)} linears quantized, {self.nbytes:,} bytes in all"
-        )
-        return "\n".join([*lines, summary])
+        lines = [
+            "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in (header, *rows)
+        ]
+        counted = f"{len(self.quantized)} of {len(self.linears)} linears quantized"
+        return "\n".join([*lines, f"{self.method}: {counted}, {self.nbytes:,} bytes in all"])
 
 
 def inspect(model_or_path: Any) -> QuantizationReport:

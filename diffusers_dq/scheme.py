@@ -22,7 +22,9 @@ class QuantScheme:
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
-            raise ValueError(f"bits must be between 2 and 8, got {self.bits}; 16 (not rounded) is the absence of a scheme")
+            raise ValueError(
+                f"bits must be between 2 and 8, got {self.bits}; 16 (not rounded) is the absence of a scheme"
+            )
         if self.granularity == "token" and not self.dynamic:
             raise ValueError("granularity 'token' needs dynamic=True: a static scale cannot know the tokens to come")
         if self.dynamic and not self.symmetric:

@@ -83,7 +83,9 @@ class Statistics:
     def load(cls, path: str | os.PathLike[str]) -> "Statistics":
         """Raises FileNotFoundError, or ValueError where the file is not a whole, known statistics file."""
         if not Path(path).is_file():
-            raise FileNotFoundError(f"no statistics file at {path}; make one with dq.calibrate(...).save({str(path)!r})")
+            raise FileNotFoundError(
+                f"no statistics file at {path}; make one with dq.calibrate(...).save({str(path)!r})"
+            )
         try:
             with safe_open(path, framework="pt") as file:
                 header = json.loads((file.metadata() or {}).get("diffusers_dq", "null"))
@@ -91,7 +93,9 @@ class Statistics:
         except (SafetensorError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is damaged or cut short ({error}); calibrate again") from error
         if not isinstance(header, dict) or not {"format_version", "about", "sites"} <= header.keys():
-            raise ValueError(f"{path} is a safetensors file, but not one of statistics; expected one from dq.calibrate")
+            raise ValueError(
+                f"{path} is a safetensors file, but not one of statistics; expected one from dq.calibrate"
+            )
         if header["format_version"] > FORMAT_VERSION:
             raise ValueError(
                 f"{path} has statistics format {header['format_version']}, this diffusers_dq reads up to"
@@ -148,13 +152,13 @@ class Statistics:
         # bf16 keeps 8 bits: two roundings of one weight differ by at most 2^-8 of it.
         if not torch.allclose(fingerprint, self.fingerprint, rtol=2**-7, atol=1e-6):
             raise ValueError(
-                f"the statistics were taken on a {known} with other weights than this one's: calibrate this checkpoint,"
-                " or load the one the statistics belong to"
+                f"the statistics were taken on a {known} with other weights than this one's: calibrate this"
+                " checkpoint, or load the one the statistics belong to"
             )
 
 
 def fingerprint_of(model: nn.Module) -> Tensor:
-    """[256 x 4 at most] fp32: four values each of up to 256 matrices spread over the model, the same in any float dtype
+    """Four values each of up to 256 matrices spread over the model, [1024 at most] fp32: the same in any float dtype
     up to its rounding."""
     matrices = [p for _, p in sorted(model.named_parameters()) if p.ndim >= 2 and p.is_floating_point()]
     stride = max(1, -(-len(matrices) // _FINGERPRINT_TENSORS))

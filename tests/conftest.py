@@ -15,7 +15,7 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+torch.set_num_threads(1)  # the models are tiny, and pytest-xdist runs a process a core
 
 
 @pytest.fixture(scope="session")
@@ -34,9 +34,10 @@ def dit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def dit_statistics(dit_folder: Path) -> Any:
     """Of the model in `dit_folder` in fp32, 10 steps; `dit_statistics_path` is its file."""
-    import diffusers_dq as dq
     from diffusers import DiTPipeline
     from support import CALLS
+
+    import diffusers_dq as dq
 
     return dq.calibrate(DiTPipeline.from_pretrained(dit_folder), CALLS, num_inference_steps=10, progress=False)
 
@@ -58,5 +59,51 @@ def run_dit() -> Callable[..., torch.Tensor]:
         x = noise.to(next(p.dtype for p in model.parameters() if p.is_floating_point()))
         labels = torch.tensor([1, 2])
         return torch.stack([model(x, timestep=torch.tensor([t, t]), class_labels=labels).sample for t in timesteps])
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny_flux() -> Callable[[], Any]:
+    """A function: a FluxPipeline of two narrow blocks that takes embeddings and returns latents.
+
+    Flux stands for the architectures of which the package has no spec.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+    def build() -> FluxPipeline:
+        torch.manual_seed(0)
+        transformer = FluxTransformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            pooled_projection_dim=32,
+            axes_dims_rope=(4, 4, 8),
+        ).eval()
+        encoders = dict.fromkeys(["vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"])
+        return FluxPipeline(FlowMatchEulerDiscreteScheduler(), transformer=transformer, **encoders)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def run_flux() -> Callable[[torch.nn.Module], torch.Tensor]:
+    """A function: what a Flux makes of the same noise at three timesteps, [T, 1, 16, 16]."""
+
+    @torch.no_grad()
+    def run(model: Any) -> torch.Tensor:
+        seed = torch.Generator().manual_seed(0)
+        noise, prompt, pooled = (torch.randn(1, *shape, generator=seed) for shape in ((16, 16), (4, 32), (32,)))
+        inputs = {
+            "hidden_states": noise.to(model.dtype),
+            "encoder_hidden_states": prompt.to(model.dtype),
+            "pooled_projections": pooled.to(model.dtype),
+            "img_ids": torch.zeros(16, 3),
+            "txt_ids": torch.zeros(4, 3),
+        }
+        return torch.stack([model(timestep=torch.tensor([t]), **inputs).sample for t in (0.95, 0.5, 0.02)])
 
     return run

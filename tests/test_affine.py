@@ -12,7 +12,9 @@ SCHEMES = [
 ]
 
 
-@given(seed=st.integers(0, 2**31), scheme=st.sampled_from(SCHEMES), offset=st.floats(-5, 5), spread=st.floats(1e-3, 1e3))
+@given(
+    seed=st.integers(0, 2**31), scheme=st.sampled_from(SCHEMES), offset=st.floats(-5, 5), spread=st.floats(1e-3, 1e3)
+)
 def test_rounding_moves_a_value_inside_the_range_by_half_a_step_at_most(seed, scheme, offset, spread):
     x = (torch.randn(200, generator=torch.Generator().manual_seed(seed)) + offset) * spread
     scale, zero_point = affine.affine_parameters(x.amin(), x.amax(), scheme)

@@ -27,21 +27,20 @@ def psnr(reference: Pictures, other: Pictures) -> Array:
     """
     x, y = _pair(reference, other)
     error = (x - y).square().flatten(1).mean(1)  # [B]
-    return (-10 * error.log10()).numpy()  # type: ignore[no-any-return]
+    return (-10 * error.log10()).numpy()
 
 
 def ssim(reference: Pictures, other: Pictures) -> Array:
-    """Structural similarity of each picture pair (Wang et al., 2004: 11 x 11 Gaussian window of sigma 1.5), 1 for equal.
+    """Structural similarity of each picture pair (Wang et al., 2004; Gaussian window of 11 x 11), 1 for equal.
 
     Returns [B] float64. Raises ValueError for pictures of other shapes or ranges or smaller than the window,
     ImportError without torchmetrics.
     """
     functional = optional("torchmetrics.functional.image")
     x, y = (pictures.movedim(-1, 1) for pictures in _pair(reference, other))  # [B, C, H, W]
-    if min(x.shape[-2:]) < _SSIM_WINDOW:
-        raise ValueError(
-            f"SSIM needs pictures of at least {_SSIM_WINDOW} x {_SSIM_WINDOW} pixels, got {x.shape[-2]} x {x.shape[-1]}"
-        )
+    height, width = x.shape[-2:]
+    if min(height, width) < _SSIM_WINDOW:
+        raise ValueError(f"SSIM needs pictures of {_SSIM_WINDOW} x {_SSIM_WINDOW} at least, got {height} x {width}")
     value = functional.structural_similarity_index_measure(
         y, x, kernel_size=_SSIM_WINDOW, sigma=1.5, data_range=1.0, reduction="none"
     )

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
@@ -20,18 +21,14 @@ _MARGIN = 12
 def image_grid(rows: Mapping[str, Pictures], *, captions: Sequence[str] = ()) -> Image.Image:
     """A labelled row of pictures for each entry, on white.
 
-    rows: label -> [n, H, W, 3] in [0, 1], clipped where outside, all of one shape. Pictures smaller than 128 pixels are
-        enlarged by an integer factor, each pixel a square.
+    rows: label -> [n, H, W, 3] in [0, 1], clipped where outside, all of one shape. Pictures smaller than 128 pixels
+        are enlarged by an integer factor, each pixel a square.
     captions: a text below each column.
 
     Raises ValueError where there is nothing to show, or shapes or the number of captions do not fit.
     """
     tiles = {label: _to_bytes(images) for label, images in rows.items()}
-    shapes = {images.shape for images in tiles.values()}
-    shape = next(iter(shapes), ())
-    if len(shapes) != 1 or len(shape) != 4 or shape[-1] != 3 or 0 in shape:
-        raise ValueError(f"expected rows of pictures [n, H, W, 3] of one shape, got {sorted(shapes)}")
-    n, height, width, _ = shape
+    n, height, width = _common_shape(tiles)
     if captions and len(captions) != n:
         raise ValueError(f"expected a caption for each of the {n} pictures, got {len(captions)}")
 
@@ -41,11 +38,9 @@ def image_grid(rows: Mapping[str, Pictures], *, captions: Sequence[str] = ()) ->
     label_width = max(_text_size(label, font)[0] for label in tiles)
     caption_height = max((_text_size(caption, font)[1] + _GAP for caption in captions), default=0)
     left = _MARGIN + label_width + _MARGIN
-    canvas = Image.new(
-        "RGB",
-        (left + n * (width + _GAP) - _GAP + _MARGIN, 2 * _MARGIN + len(tiles) * (height + _GAP) - _GAP + caption_height),
-        "white",
-    )
+    right = left + n * (width + _GAP) - _GAP
+    bottom = _MARGIN + len(tiles) * (height + _GAP) - _GAP + caption_height
+    canvas = Image.new("RGB", (right + _MARGIN, bottom + _MARGIN), "white")
     draw = ImageDraw.Draw(canvas)
     top = _MARGIN
     for label, images in tiles.items():
@@ -60,13 +55,22 @@ def image_grid(rows: Mapping[str, Pictures], *, captions: Sequence[str] = ()) ->
     return canvas
 
 
-def _to_bytes(images: Pictures) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    array = torch.as_tensor(images).detach().cpu().double().numpy()
-    return (np.nan_to_num(array).clip(0, 1) * 255).round().astype(np.uint8)
+def _common_shape(rows: Mapping[str, npt.NDArray[np.uint8]]) -> tuple[int, int, int]:
+    shapes = {images.shape for images in rows.values()}
+    if len(shapes) == 1:
+        (shape,) = shapes
+        if len(shape) == 4 and shape[-1] == 3 and 0 not in shape:
+            return shape[:3]
+    raise ValueError(f"expected rows of pictures [n, H, W, 3], all of one shape, got {sorted(shapes)}")
+
+
+def _to_bytes(images: Pictures) -> npt.NDArray[np.uint8]:
+    pixels = torch.as_tensor(images).detach().cpu().double().nan_to_num().clamp(0, 1) * 255
+    return pixels.round().byte().numpy()
 
 
 def _text_size(text: str, font: Any) -> tuple[int, int]:
-    left, top, right, bottom = ImageDraw.Draw(Image.new("L", (1, 1))).multiline_textbbox((0, 0), text, font=font)
+    *_, right, bottom = ImageDraw.Draw(Image.new("L", (1, 1))).multiline_textbbox((0, 0), text, font=font)
     return int(right), int(bottom)
 
 
@@ -79,13 +83,13 @@ def layer_heatmap(layer_snr: Mapping[str, Array], timesteps: Array) -> Any:
     """
     if not layer_snr:
         raise ValueError("no layers to show; was compare called with layers=False, or is no linear quantized?")
-    figures, colors = optional("matplotlib.figure"), optional("matplotlib")
+    matplotlib, figures = optional("matplotlib"), optional("matplotlib.figure")
     table = np.ma.masked_invalid(np.stack(list(layer_snr.values())))  # [linears, S]
     names = _short_names(list(layer_snr))
     height = float(np.clip(1.4 + 0.17 * len(names), 3, 14))
     figure = figures.Figure(figsize=(9, height), dpi=150, layout="constrained")
     axes = figure.add_subplot()
-    colormap = colors.colormaps["magma"].with_extremes(bad="0.8")
+    colormap = matplotlib.colormaps["magma"].with_extremes(bad="0.8")
     low, high = _color_range(table)
     image = axes.pcolormesh(table, cmap=colormap, vmin=low, vmax=high)
     figure.colorbar(image, ax=axes, label="SNR of the output, dB (dark: worse)", extend="both", pad=0.02)

@@ -93,5 +93,7 @@ def make_method(name: str, options: Mapping[str, Any]) -> Method:
     known = [field.name for field in fields(method.Options)]
     unknown = sorted(set(options) - set(known))
     if unknown:
-        raise TypeError(f"method {name!r} has no option {', '.join(unknown)}; its options: {', '.join(known) or 'none'}")
+        raise TypeError(
+            f"method {name!r} has no option {', '.join(unknown)}; its options: {', '.join(known) or 'none'}"
+        )
     return method(method.Options(**options))

@@ -26,13 +26,14 @@ class HTGOptions:
     linkage: how steps are grouped: "optimal" (exact, by dynamic programming) or the paper's Algorithm 1 with "ward",
         "average" or "centroid" distance.
     scope: "model", one partition for all layers, or "layer", one a layer as the equations read.
-    ema: alpha of Eq. 7.   ema_steps: the T that alpha is meant for; with another T it becomes alpha^(ema_steps / T), so
-        that the first step keeps its weight. None is the paper's literal form, the same alpha for every T.
+    ema: alpha of Eq. 7.   ema_steps: the T that alpha is meant for; with another T it becomes alpha^(ema_steps / T),
+        so that the first step keeps its weight. None is the paper's literal form, the same alpha for every T.
     ranges: "model", one activation range for all timesteps, or "group", one a timestep group.
-    search: ranges of the least L2.4 error among 80 shrunken ones: "mse" as Q-Diffusion and the paper find them, "output"
-        with a weight's columns counted by the size of the inputs they meet, which s has made unequal; or "minmax".
-    bias_correction: take the mean error that rounding and clipping leave in an output off its grouped bias, which costs
-        nothing at run time (not in the paper).
+    search: ranges of the least L2.4 error among 80 shrunken ones: "mse" as Q-Diffusion and so the paper find them;
+        "output", where an error in a weight's column counts by the size of the inputs it meets, which s has made
+        unequal; or "minmax".
+    bias_correction: take the mean error that rounding and clipping leave in an output off its grouped bias. Not in
+        the paper; it costs nothing at run time. search="mse" with bias_correction=False is the paper to the letter.
     online: also transform inputs that nothing upstream can carry (fc2), in the quantize step; None does so only for
         an architecture of which no producer is known.
     """

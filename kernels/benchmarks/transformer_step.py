@@ -157,8 +157,9 @@ def main() -> None:
 
     rows = summary(measure(variants(arguments, device), arguments, device))
     about = facts(arguments, device)
-    print(f"\n{about['hardware']}, {about['threads']} threads, {arguments.layers} blocks of width {arguments.width}, batch")
-    print(f"{arguments.batch}, {arguments.tokens} tokens, {'compiled' if arguments.compile else 'eager'}, {arguments.rounds} rounds")
+    mode = "compiled" if arguments.compile else "eager"
+    print(f"\n{about['hardware']}, {about['threads']} threads, {mode}, {arguments.rounds} rounds interleaved")
+    print(f"{arguments.layers} blocks of width {arguments.width}, batch {arguments.batch}, {arguments.tokens} tokens")
     print(f"{'variant':<20}{'median ms':>10}{'quartiles':>18}{'x bf16':>8}")
     for name, row in rows.items():
         quartiles = f"{row['quartile_low_ms']:.1f} - {row['quartile_high_ms']:.1f}"

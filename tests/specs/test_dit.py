@@ -3,10 +3,10 @@
 
 import pytest
 import torch
+from support import rebuilt_with_chains, tiny_dit
 
 from diffusers_dq.specs import spec_of
 from diffusers_dq.transforms import Chain, Scale, Shift
-from support import rebuilt_with_chains, tiny_dit
 
 
 @pytest.mark.parametrize("step", [5, 400, 900])

@@ -38,47 +38,50 @@ def compare(
 ) -> Comparison:
     """Run both pipelines on `calls` from the same seeds and measure how far they are apart.
 
-    calls: keyword arguments of `pipe(...)`, one dict a call; call i runs with `torch.Generator().manual_seed(seed + i)`
-        on both. All must give pictures of one size.
+    calls: keyword arguments of `pipe(...)`, one dict a call; both run call i under a CPU generator of seed + i. All
+        must give pictures of one size.
     layers: also the SNR of each quantized linear's output at each step (Comparison.layer_snr). This runs the quantized
         transformer twice as often, and needs both on one device in one dtype. Linears that carry a fold for a layer
         downstream emit something else on purpose, so those that may are left out (Comparison.left_out).
 
-    Memory besides the pipelines: the latents of one call in RAM; with `layers`, up to 4096 rows of each linear's output
-    in one forward. Hooks are removed at the end, also after an exception or Ctrl-C.
+    Memory besides the pipelines: the latents of one call in RAM; with `layers`, up to 4096 tokens of each linear's
+    output in one forward. Hooks are removed at the end, also after an exception or Ctrl-C.
 
     Raises ValueError for pipelines of different classes, one transformer given twice, pipelines whose schedulers take
     different timesteps, calls that bring their own generator; TypeError for arguments that the pipeline does not take;
     ImportError without torchmetrics.
     """
     _check(reference, quantized, calls, num_inference_steps, layers)
-    optional("torchmetrics.functional.image")  # now, rather than after the run
-    models = denoiser(reference), denoiser(quantized)
+    optional("torchmetrics.functional.image")  # now, rather than after a run
+    model, twin = denoiser(reference), denoiser(quantized)
     latents = _Latents()
-    errors = _LayerErrors(*models) if layers else None
-    pictures: tuple[list[Array], list[Array]] = ([], [])
+    errors = _LayerErrors(model, twin) if layers else None
+    results: list[tuple[Array, Array, Array, Array]] = []  # pictures of both, PSNR, SSIM
 
     bar = tqdm(total=2 * len(calls) * num_inference_steps, desc="compare", unit="step", disable=not progress)
     with bar, quiet(reference), quiet(quantized), torch.no_grad():
         for i, call in enumerate(calls):
-            measuring = (errors.attached(lambda: latents.step) if errors else nullcontext()), nullcontext()
-            observing = latents.hold, latents.compare
-            for k, pipe in enumerate((reference, quantized)):
-                with _step_progress(bar, 2 * i + k, num_inference_steps) as advance:
-                    with _watching_inputs(models[k], observing[k], advance), measuring[k]:
-                        pictures[k].append(_run(pipe, call, num_inference_steps, seed + i))
+            following = errors.attached(lambda: latents.step) if errors else nullcontext()
+            with _one_run(bar, num_inference_steps) as advance, _watching(model, latents.hold, advance), following:
+                x = _run(reference, call, num_inference_steps, seed + i)
+            with _one_run(bar, num_inference_steps) as advance, _watching(twin, latents.compare, advance):
+                y = _run(quantized, call, num_inference_steps, seed + i)
             latents.finish_call()
-            _check_sizes(pictures, i)
+            if results and x.shape[1:] != results[0][0].shape[1:]:
+                sizes = f"{x.shape[1:]}, calls[0] of {results[0][0].shape[1:]}"
+                raise ValueError(f"calls[{i}] gives pictures of {sizes}; compare needs one size")
+            results.append((x, y, psnr(x, y), ssim(x, y)))
 
-    images_reference, images_quantized = (np.concatenate(images) for images in pictures)
+    images_reference, images_quantized, psnrs, ssims = (np.concatenate(parts) for parts in zip(*results, strict=True))
+    steps = len(latents.timesteps)
     return Comparison(
         images_reference=images_reference,
         images_quantized=images_quantized,
-        psnr=psnr(images_reference, images_quantized),
-        ssim=ssim(images_reference, images_quantized),
+        psnr=psnrs,
+        ssim=ssims,
         timesteps=np.array(latents.timesteps),
-        latent_snr=latents.energies.snr("latents", len(latents.timesteps)),
-        layer_snr=errors.snr(len(latents.timesteps)) if errors else {},
+        latent_snr=latents.energies.snr("latents", steps),
+        layer_snr=errors.snr(steps) if errors else {},
         left_out=errors.left_out if errors else {},
     )
 
@@ -107,23 +110,23 @@ def _check(
         raise ValueError(f"num_inference_steps must be at least 1, got {steps}")
     if layers and (a.device, a.dtype) != (b.device, b.dtype):
         raise ValueError(
-            f"to compare layers both transformers must get the same input, but the reference is on {a.device} in {a.dtype}"
-            f" and the quantized one on {b.device} in {b.dtype}; move one, or pass layers=False"
+            "to compare layers both transformers must get the same input, but the reference is"
+            f" {a.dtype} on {a.device} and the quantized one {b.dtype} on {b.device}; move one, or pass layers=False"
         )
 
 
-def _check_sizes(pictures: tuple[list[Array], list[Array]], i: int) -> None:
-    first = pictures[0][0].shape[1:]
-    for images in pictures:
-        if images[-1].shape[1:] != first:
-            raise ValueError(f"calls[{i}] gives pictures {images[-1].shape[1:]} and calls[0] {first}; use one size")
-
-
 def _run(pipe: DiffusionPipeline, call: Call, num_inference_steps: int, seed: int) -> Array:
-    """The pictures of one call, [B, H, W, C] in [0, 1]; of a video, its first frame."""
+    """The pictures of one call, [B, H, W, C] in [0, 1]."""
     call = {key: value for key, value in call.items() if key != "output_type"}
-    output = run_call(pipe, call, num_inference_steps=num_inference_steps, seed=seed, output_type="np")
-    if isinstance(output, list):  # of PIL pictures, of arrays, or of lists of them, a video each
+    return _pictures(run_call(pipe, call, num_inference_steps=num_inference_steps, seed=seed, output_type="np"))
+
+
+def _pictures(output: Any) -> Array:
+    """[B, H, W, C] in [0, 1], from an array of pictures or videos or from a list of PIL pictures or of lists of them.
+
+    Of a video the first frame.
+    """
+    if isinstance(output, list):
         firsts = [item[0] if isinstance(item, list) else item for item in output]
         output = np.stack([np.asarray(image) for image in firsts])
     images: Array = output[:, 0] if output.ndim == 5 else output
@@ -131,15 +134,15 @@ def _run(pipe: DiffusionPipeline, call: Call, num_inference_steps: int, seed: in
 
 
 @contextmanager
-def _step_progress(bar: Any, runs_before: int, steps: int) -> Iterator[Callable[[], None]]:
-    """One run's share of the bar: filled at the end, whatever number of timesteps its scheduler made of its steps."""
-    end = (runs_before + 1) * steps
+def _one_run(bar: Any, steps: int) -> Iterator[Callable[[], None]]:
+    """A run's share of the bar: full at its end, whatever number of timesteps its scheduler made of the steps."""
+    end = bar.n + steps
     yield lambda: bar.update(min(1, end - bar.n))
     bar.update(end - bar.n)
 
 
 @contextmanager
-def _watching_inputs(
+def _watching(
     model: nn.Module, on_forward: Callable[[float, Tensor], None], advance: Callable[[], None]
 ) -> Iterator[None]:
     """Call `on_forward(timestep, first input)` before each forward, `advance()` when the timestep is a new one."""
@@ -202,8 +205,8 @@ class _Latents:
         expected, reference = self._held.popleft() if self._held else (None, latents)
         if timestep != expected:
             raise ValueError(
-                f"the quantized pipeline is at timestep {timestep} where the reference is at {expected}; give both the same"
-                " scheduler"
+                f"the quantized pipeline is at timestep {timestep} where the reference is at {expected}; give both the"
+                " same scheduler"
             )
         self.energies.add("latents", self.timesteps.index(timestep), reference, latents.cpu())
 
