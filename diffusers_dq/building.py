@@ -119,14 +119,28 @@ def _rounded(weight: Tensor, plan: LinearPlan) -> tuple[Tensor, Tensor]:
     weight = weight.float()
     importance = None if plan.sample is None else _spread(plan).to(weight)
     scale = affine.weight_parameters(weight, scheme, plan.search, importance)
-    return affine.quantize(weight, scale[:, None], 0, scheme), scale
+    q = affine.quantize(weight, scale[:, None], 0, scheme)
+    if plan.corrects_output and importance is not None:
+        scale = scale * _gain(weight, affine.dequantize(q, scale[:, None]), importance)
+    return q, scale
+
+
+def _gain(weight: Tensor, rounded: Tensor, importance: Tensor) -> Tensor:
+    """[N]: what W^ has to be multiplied by so that its output is W''s and an error uncorrelated with it.
+
+    gamma_n = sum_k h_k^2 W'_nk^2 / sum_k h_k^2 W'_nk W^_nk, with h [K] the size of the inputs, taken as uncorrelated.
+    Clipped ranges shrink a weight, and what every step shrinks adds up over a trajectory, unlike rounding noise.
+    """
+    squares = importance.square()
+    wanted, got = (squares * weight.square()).sum(1), (squares * weight * rounded).sum(1)
+    return torch.where(got > 0, wanted / got, torch.ones_like(got))
 
 
 def _spread(plan: LinearPlan) -> Tensor:
     """[K]: root mean square of each channel of u; about its mean in a group where the bias takes care of the mean."""
     assert plan.sample is not None
     u = plan.sample.transformed(plan.chain)
-    if plan.corrects_bias:
+    if plan.corrects_output:
         u = torch.cat([part - part.mean(dim=(0, 1)) for part in _by_group(u, plan)])
     return u.square().mean(dim=(0, 1)).sqrt()
 
@@ -144,7 +158,7 @@ def _bias_correction(exact: Tensor, q: Tensor, tables: dict[str, Tensor], plan: 
     W' [N, K] is the folded weight, W^ its rounded form, u^ the rounded input: added to the bias it removes the mean
     error of the output, that of clipping included.
     """
-    if not plan.corrects_bias or plan.sample is None or plan.bits.weight > 8:
+    if not plan.corrects_output or plan.sample is None or plan.bits.weight > 8:
         return None
     rounded = affine.dequantize(q.double(), tables["weight_scale"].double()[:, None])
     rows = []

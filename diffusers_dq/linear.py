@@ -90,8 +90,9 @@ class QuantizedLinear(nn.Linear):
 
     weight: Parameter, int8 [N, K], packed uint8 [N, K / 2] (packing.py), or floating point where not rounded.
     bias: Parameter [N] or None; with timestep groups it gives way to `bias_groups` [G, N].
-    Buffers, fp32 (fp64 if nothing is rounded in an fp64 model) whatever the model is cast to: weight_scale [N]; input_scale [1 or G] and
-    input_zero_point int32 of a static scheme; input_inv_smooth [K] and input_shift [1 or G, K] of an online transform.
+    Buffers, fp32 whatever the model is cast to (fp64 where an fp64 weight is not rounded): weight_scale [N];
+    input_scale [1 or G] and input_zero_point int32 of a static scheme; input_inv_smooth [K] and
+    input_shift [1 or G, K] of an online transform.
     An `nn.Linear` by class, so that LoRA, offloading and skip lists find it.
     """
 

@@ -55,7 +55,8 @@ class LinearPlan:
 
     chain: the change of its input.   online: made by the layer itself, not upstream.   note: why, where it might be.
     rows: changes of its own output that groups downstream ask for, each with the partition of its offsets.
-    sample: of its input before the chain.   corrects_bias: take the mean error of rounding, seen on it, off the bias.
+    sample: of its input before the chain.   corrects_output: let bias and weight scales make up for the systematic
+        part of the rounding error, as seen on the sample.
     """
 
     bits: Bits
@@ -66,7 +67,7 @@ class LinearPlan:
     input_range: InputRange | None = None
     search: affine.RangeSearch = "minmax"
     sample: InputSample | None = None
-    corrects_bias: bool = False
+    corrects_output: bool = False
     note: str = ""
 
     @property
@@ -254,7 +255,7 @@ def _use_statistics(
     for name in group.linears:
         if name not in plans:
             continue
-        plans[name] = replace(plans[name], sample=sample, corrects_bias=method.corrects_bias)
+        plans[name] = replace(plans[name], sample=sample, corrects_output=method.corrects_output)
         scheme = plans[name].scheme
         if scheme is None or scheme.dynamic:
             continue

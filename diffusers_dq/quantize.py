@@ -33,17 +33,17 @@ def quantize(
     statistics: from `dq.calibrate`, or their path; else the config's path, else what `dq.calibrate` left on a prepared
         model. With `calls` and `num_inference_steps` (as `dq.calibrate` takes them) it calibrates first.
 
-    It finishes or leaves the model as it was. Raises ValueError where the method needs statistics and has none, or they
-    are of another model; where the model is quantized already; where a skip string or override matches no linear.
+    It finishes or leaves the model as it was. Raises ValueError where the method needs statistics and has none, or
+    they are of another model; where the model is quantized already; where a skip string or override matches no linear.
     """
     model = denoiser(pipe_or_transformer)
     if getattr(model, "is_quantized", False):
-        raise ValueError(f"the {type(model).__name__} is quantized already; load the full-precision model to do it again")
+        raise ValueError(f"the {type(model).__name__} is quantized already; load it in full precision to do it again")
     quantizer = getattr(model, "hf_quantizer", None)
     prepared = quantizer if isinstance(quantizer, DQQuantizer) else None
     config = config or (prepared.quantization_config if prepared else None)
     if config is None:
-        raise ValueError("quantize needs a config: dq.DQConfig(method=...); only a model loaded as prepared brings one")
+        raise ValueError("quantize needs a config: dq.DQConfig(method=...); only a prepared model brings one")
     if config.result is not None:
         config = config.copy(result=None)  # taken from a quantized model: do the same again
     if calls is not None:

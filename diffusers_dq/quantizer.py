@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from diffusers import ModelMixin
 from diffusers.configuration_utils import FrozenDict
 from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from diffusers.quantizers.base import DiffusersQuantizer
@@ -29,8 +30,8 @@ class DQQuantizer(DiffusersQuantizer):
     - a saved quantized model is loaded: layers are laid out first, tensors fill them as they come;
     - a full-precision model is quantized weight by weight while it loads (methods that need no statistics);
     - a full-precision model is loaded, then quantized (config has a statistics path);
-    - a full-precision model is loaded and left *prepared* (statistics are needed, none are given): `dq.calibrate(pipe)`
-      and `dq.quantize(pipe)` finish it, and saving it before is an error.
+    - a full-precision model is loaded and left *prepared* (statistics are needed, none are given):
+      `dq.calibrate(pipe)` and `dq.quantize(pipe)` finish it, and saving it before is an error.
     """
 
     use_keep_in_fp32_modules = True
@@ -75,7 +76,7 @@ class DQQuantizer(DiffusersQuantizer):
     def supports_parallel_loading(self) -> bool:
         return self.pre_quantized  # else layers are swapped while the shards are read
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(self, model: ModelMixin, **kwargs: Any) -> None:
         config = self.quantization_config
         if self.description is not None:
             installation.install_skeleton(model, self.description)
@@ -87,14 +88,14 @@ class DQQuantizer(DiffusersQuantizer):
 
     # While tensors arrive
 
-    def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
+    def update_missing_keys(self, model: ModelMixin, missing_keys: list[str], prefix: str) -> list[str]:
         return [key for key in missing_keys if not self._is_tied_copy(key)]
 
     def _is_tied_copy(self, key: str) -> bool:
         return self.description is not None and any(key.startswith(f"{name}.") for name in self.description.tied)
 
     def check_if_quantized_param(
-        self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
+        self, model: ModelMixin, param_value: Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
     ) -> bool:
         if self.pre_quantized:
             return True  # every tensor is compared with what config.json says, ours and others
@@ -112,7 +113,7 @@ class DQQuantizer(DiffusersQuantizer):
 
     def create_quantized_param(
         self,
-        model: nn.Module,
+        model: ModelMixin,
         param_value: Tensor,
         param_name: str,
         target_device: Any,
@@ -125,7 +126,9 @@ class DQQuantizer(DiffusersQuantizer):
         if self.pre_quantized:
             expected, own = _tensor(model, param_name).dtype, installation.is_own(model, param_name)
             if not _fits(stored.dtype, expected, own):
-                raise ValueError(f"{param_name} is {stored.dtype} in the file, expected {expected}: the file is damaged")
+                raise ValueError(
+                    f"{param_name} is {stored.dtype} in the file, expected {expected}: the file is damaged"
+                )
             _set_tensor(model, param_name, (stored.to(expected) if own else param_value).to(target_device))
             return
         assert self._conversion is not None
@@ -139,7 +142,7 @@ class DQQuantizer(DiffusersQuantizer):
 
     # After loading
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+    def _process_model_after_weight_loading(self, model: ModelMixin, **kwargs: Any) -> ModelMixin:
         config = self.quantization_config
         self._check_complete(model)
         if self.description is not None:
@@ -149,9 +152,10 @@ class DQQuantizer(DiffusersQuantizer):
             getattr(model, installation.GROUPS).to(model.device)
             self.adopt(model, config.copy(result=self.description.to_dict()))
         elif self.prepared:
-            model.is_quantized = False  # type: ignore[assignment]  # its weights are still as they were
+            model.is_quantized = False  # its weights are still as they were
             logger.warning(
-                "%s is loaded in full precision, prepared for method %r: run dq.calibrate(pipe, ...) and dq.quantize(pipe)",
+                "%s is loaded in full precision, prepared for method %r: run dq.calibrate(pipe, ...) and"
+                " dq.quantize(pipe)",
                 type(model).__name__,
                 config.method,
             )
@@ -164,17 +168,18 @@ class DQQuantizer(DiffusersQuantizer):
             self.adopt(model, convert(model, config, statistics, dtype=model.dtype, progress=False))
         return model
 
-    def adopt(self, model: nn.Module, config: DQConfig) -> None:
+    def adopt(self, model: ModelMixin, config: DQConfig) -> None:
         """The model is quantized as `config.result` says: be its quantizer."""
         assert config.result is not None
         self.quantization_config, self.description = config, Description.from_dict(config.result)
         self.pre_quantized, self.prepared, self.statistics = True, False, None
-        model.hf_quantizer = self  # type: ignore[assignment]
-        model.is_quantized = True  # type: ignore[assignment]
-        model.quantization_method = DQMethod.DIFFUSERS_DQ  # type: ignore[assignment]
-        model.register_to_config(quantization_config=config)  # type: ignore[operator]
+        installation.align(model)
+        model.hf_quantizer = self
+        model.is_quantized = True
+        model.quantization_method = DQMethod.DIFFUSERS_DQ
+        model.register_to_config(quantization_config=config)
 
-    def _check_complete(self, model: nn.Module) -> None:
+    def _check_complete(self, model: ModelMixin) -> None:
         """diffusers leaves missing tensors on the meta device and skips extra ones with no more than a warning."""
         expected = model.state_dict()
         missing = sorted(name for name, tensor in expected.items() if tensor.device.type == "meta")
@@ -184,8 +189,8 @@ class DQQuantizer(DiffusersQuantizer):
         if missing or extra:
             raise ValueError(
                 f"the file does not hold the tensors that config.json describes: {len(missing)} missing"
-                f" ({', '.join(missing[:3])}), {len(extra)} extra ({', '.join(extra[:3])}); it is damaged or belongs to"
-                " another model"
+                f" ({', '.join(missing[:3])}), {len(extra)} extra ({', '.join(extra[:3])}); it is damaged or belongs"
+                " to another model"
             )
 
     # Saving and leaving
@@ -195,8 +200,8 @@ class DQQuantizer(DiffusersQuantizer):
         """Raises ValueError for a prepared model: there is nothing quantized to save yet."""
         if self.prepared:
             raise ValueError(
-                f"the model is prepared for {self.quantization_config.method!r} but not quantized; run dq.calibrate(pipe,"
-                " ...) and dq.quantize(pipe) before saving it"
+                f"the model is prepared for {self.quantization_config.method!r} but not quantized; run"
+                " dq.calibrate(pipe, ...) and dq.quantize(pipe) before saving it"
             )
         return True
 
@@ -217,7 +222,7 @@ class DQQuantizer(DiffusersQuantizer):
         kept = {key: value for key, value in state_dict.items() if not self._is_tied_copy(key)}
         return kept, {}
 
-    def _dequantize(self, model: nn.Module) -> nn.Module:
+    def _dequantize(self, model: ModelMixin) -> ModelMixin:
         """Ordinary linears again, with what rounding has left; refused, before anything changes, where the timestep
         group has become part of the function."""
         linears = {}
@@ -232,9 +237,7 @@ class DQQuantizer(DiffusersQuantizer):
         for name, linear in linears.items():
             model.set_submodule(name, linear)
         private = ("quantization_config", "_pre_quantization_dtype")
-        model._internal_dict = FrozenDict(  # type: ignore[assignment]
-            {key: value for key, value in model.config.items() if key not in private}  # type: ignore[union-attr,operator]
-        )
+        model._internal_dict = FrozenDict({key: value for key, value in model.config.items() if key not in private})
         return model
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "DQQuantizer":

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Triton kernels run in the interpreter where there is no GPU: the variable must be set before Triton is imported.
 
-Below: tiny models with random weights, shared by the tests of the package. diffusers is imported where it is needed, so
-that the kernel tests do not wait for it.
+Below: tiny models with random weights, shared by the tests of the package. diffusers is imported where it is needed,
+so that the kernel tests do not wait for it.
 """
 
 import os
@@ -20,7 +20,7 @@ torch.set_num_threads(1)  # the models are tiny, and pytest-xdist runs a process
 
 @pytest.fixture(scope="session")
 def dit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A saved DiTPipeline: 2 blocks of width 32; its embedders are equal in both blocks, as in published checkpoints."""
+    """A saved DiTPipeline: 2 blocks of width 32, the embedders equal in both blocks, as in published checkpoints."""
     from support import tiny_pipeline
 
     pipe = tiny_pipeline(out_channels=4)

@@ -3,13 +3,14 @@
 
 from dataclasses import replace
 
-import diffusers_dq as dq
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, DiTPipeline, UNet2DModel
-from diffusers_dq.linear import QuantizedLinear
 from support import CALLS, tiny_dit
 from torch import nn
+
+import diffusers_dq as dq
+from diffusers_dq.linear import QuantizedLinear
 
 HTG = {"method": "htg", "groups": 3, "search": "minmax"}
 LINEAR = "transformer_blocks.1.attn1.to_q"
@@ -50,11 +51,12 @@ def test_modules_to_not_convert_replaces_the_architectures_list(pipe):
     assert not [name for name in layers(pipe.transformer) if "attn1" in name]
 
 
-def test_a_linear_with_an_odd_number_of_inputs_is_kept_from_int4(dit_folder):
-    model = tiny_dit(attention_head_dim=15, num_attention_heads=1)
+def test_a_linear_with_an_odd_number_of_inputs_is_kept_from_int4():
+    model = tiny_dit()
+    model.set_submodule(LINEAR, nn.Linear(31, 32))
     report = quantize(model, {"method": "rtn", "weight_bits": 4})
     assert report.kept[LINEAR] == "in_features is odd, and int4 packs two values of a row in a byte"
-    assert "transformer_blocks.1.ff.net.2" in layers(model)
+    assert LINEAR not in layers(model)
 
 
 def test_the_last_matching_override_wins(pipe):
@@ -140,7 +142,7 @@ def failing_layer(error):
         (other_weights, {}, ValueError, "with other weights than this one's"),
         (nan_weight, {}, ValueError, rf"{LINEAR}.weight holds NaN or infinite values"),
         (failing_layer(MemoryError("no memory")), {}, MemoryError, "no memory"),
-        (failing_layer(KeyboardInterrupt()), {}, KeyboardInterrupt, ""),
+        (failing_layer(KeyboardInterrupt("stop")), {}, KeyboardInterrupt, "stop"),
         (None, {"overrides": {"*.ff.net.7": {"weight_bits": 8}}}, ValueError, r"'\*.ff.net.7' matches no linear"),
         (None, {"modules_to_not_convert": ["attn3"]}, ValueError, "'attn3' is part of no linear's name"),
         (None, {"groups": 11}, ValueError, "groups must be between 1 and the number of calibrated steps, 10; got 11"),
@@ -186,7 +188,7 @@ def test_a_layer_that_calibration_never_reached_is_named(pipe, dit_statistics):
 
 def test_quantizing_twice_is_an_error(pipe):
     quantize(pipe, {"method": "rtn"})
-    with pytest.raises(ValueError, match="is quantized already; load the full-precision model to do it again"):
+    with pytest.raises(ValueError, match="is quantized already; load it in full precision to do it again"):
         quantize(pipe, {"method": "rtn"})
 
 
@@ -197,7 +199,11 @@ def test_a_config_is_needed(pipe):
 
 def test_a_pipeline_without_a_transformer_is_an_error():
     unet = UNet2DModel(
-        sample_size=8, block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), norm_num_groups=4
+        sample_size=8,
+        block_out_channels=(8,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        norm_num_groups=4,
     )
     with pytest.raises(ValueError, match="DDPMPipeline has no transformer"):
         quantize(DDPMPipeline(unet, DDPMScheduler()), {"method": "rtn"})
@@ -222,19 +228,19 @@ def test_calls_need_a_pipeline_and_a_number_of_steps(pipe):
     ("arguments", "error", "message"),
     [
         ({"method": "gptq"}, ValueError, "unknown method 'gptq'; known: .*htg.*rtn"),
-        ({"method": "rtn", "grups": 3}, TypeError, "method 'rtn' has no option grups; its options: dynamic, granularity"),
+        ({"method": "rtn", "grups": 3}, TypeError, "has no option grups; its options: dynamic, granularity"),
         ({"method": "htg", "groups": 0}, ValueError, "groups must be at least 1, got 0"),
         ({"method": "rtn", "weight_bits": 3}, ValueError, r"weight_bits must be one of \(4, 8, 16\) .*, got 3"),
         ({"method": "rtn", "activation_bits": 9}, ValueError, "activation_bits must be one of .*, got 9"),
-        ({"method": "rtn", "weight_bits": 16}, ValueError, "weight_bits=16 with activation_bits=8 has no integer product"),
-        ({"method": "rtn", "overrides": {"*": {"bits": 4}}}, ValueError, r"overrides\['\*'\] sets \['bits'\]; it may set"),
+        ({"method": "rtn", "weight_bits": 16}, ValueError, "with activation_bits=8 has no integer product"),
+        ({"method": "rtn", "overrides": {"*": {"bits": 4}}}, ValueError, r"overrides\['\*'\] sets \['bits'\]"),
         ({"method": "rtn", "overrides": {"*": {"weight_bits": 5}}}, ValueError, "weight_bits must be one of"),
-        ({"method": "rtn", "modules_to_not_convert": "attn"}, ValueError, "must be a list of strings, got the string 'attn'"),
-        ({"method": "rtn", "quant_method": "bnb"}, ValueError, "quant_method is 'bnb', a DQConfig's is 'diffusers_dq'"),
+        ({"method": "rtn", "modules_to_not_convert": "attn"}, ValueError, "must be a list of strings, got .* 'attn'"),
+        ({"method": "rtn", "quant_method": "bnb"}, ValueError, "quant_method is 'bnb', a DQConfig's is"),
         (
             {"method": "rtn", "activation_bits": 16, "quantize_attention": True},
             ValueError,
-            "quantize_attention=True rounds to activation_bits, which is 16",
+            "rounds to activation_bits, which is 16",
         ),
     ],
 )

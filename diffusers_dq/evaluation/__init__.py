@@ -3,7 +3,8 @@
 
 from diffusers_dq.evaluation.comparison import Comparison
 from diffusers_dq.evaluation.metrics import psnr, ssim
+from diffusers_dq.evaluation.outliers import inject_outliers
 from diffusers_dq.evaluation.paired import compare
 from diffusers_dq.evaluation.plots import image_grid
 
-__all__ = ["Comparison", "compare", "image_grid", "psnr", "ssim"]
+__all__ = ["Comparison", "compare", "image_grid", "inject_outliers", "psnr", "ssim"]

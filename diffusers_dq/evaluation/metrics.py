@@ -44,7 +44,7 @@ def ssim(reference: Pictures, other: Pictures) -> Array:
     value = functional.structural_similarity_index_measure(
         y, x, kernel_size=_SSIM_WINDOW, sigma=1.5, data_range=1.0, reduction="none"
     )
-    return value.reshape(-1).numpy()  # type: ignore[no-any-return]
+    return value.reshape(-1).numpy()
 
 
 def snr_db(reference: Pictures, other: Pictures) -> float:

@@ -71,8 +71,9 @@ class Method(ABC):
         return "minmax"
 
     @property
-    def corrects_bias(self) -> bool:
-        """Whether the mean error that rounding leaves in a layer's output, a timestep group, is taken off its bias."""
+    def corrects_output(self) -> bool:
+        """Whether the systematic part of the error that rounding leaves in an output is made up for: its mean in each
+        timestep group by the bias, its share of the output itself by the weight scales."""
         return False
 
     def range_boundaries(self, chain: Chain) -> tuple[float, ...]:

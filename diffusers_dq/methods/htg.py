@@ -32,8 +32,9 @@ class HTGOptions:
     search: ranges of the least L2.4 error among 80 shrunken ones: "mse" as Q-Diffusion and so the paper find them;
         "output", where an error in a weight's column counts by the size of the inputs it meets, which s has made
         unequal; or "minmax".
-    bias_correction: take the mean error that rounding and clipping leave in an output off its grouped bias. Not in
-        the paper; it costs nothing at run time. search="mse" with bias_correction=False is the paper to the letter.
+    output_correction: let the grouped bias take up the mean error that rounding and clipping leave in an output, and
+        the weight scales the shrinkage. Not in the paper; it costs nothing at run time. search="mse" with
+        output_correction=False is the paper to the letter.
     online: also transform inputs that nothing upstream can carry (fc2), in the quantize step; None does so only for
         an architecture of which no producer is known.
     """
@@ -45,7 +46,7 @@ class HTGOptions:
     ema_steps: int | None = 100
     ranges: Literal["model", "group"] = "model"
     search: RangeSearch = "output"
-    bias_correction: bool = True
+    output_correction: bool = True
     online: bool | None = None
 
     def __post_init__(self) -> None:
@@ -83,8 +84,8 @@ class HTG(Method):
         return self.options.search
 
     @property
-    def corrects_bias(self) -> bool:
-        return self.options.bias_correction
+    def corrects_output(self) -> bool:
+        return self.options.output_correction
 
     def activation_scheme(self, bits: int) -> QuantScheme:
         return QuantScheme(bits=bits, granularity="tensor", symmetric=False)

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The bars that quality and size have to clear, on trained weights. `pytest tests/test_quality.py -s` prints figures.
+
+16 images, guidance 1.5, the same seeds; calibrated on 32 other images. PSNR is to the full-precision images.
+"""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiTPipeline
+from support import tiny_pipeline
+
+import diffusers_dq as dq
+from diffusers_dq.denoise import run_call
+from diffusers_dq.evaluation import inject_outliers, psnr
+
+MODEL = Path(__file__).parent.parent / "examples" / "dit-cifar10"
+IMAGES = dict(class_labels=[i % 10 for i in range(16)], guidance_scale=1.5)
+CALLS = [dict(class_labels=[i % 10 for i in range(32)], guidance_scale=1.5)]
+RTN = dict(method="rtn", dynamic=False)
+HTG = dict(method="htg")
+
+
+def load(outliers: bool = False) -> DiTPipeline:
+    pipe = DiTPipeline.from_pretrained(MODEL)
+    pipe.set_progress_bar_config(disable=True)
+    if outliers:
+        inject_outliers(pipe.transformer)
+    return pipe
+
+
+def images(pipe: DiTPipeline, steps: int) -> torch.Tensor:
+    return torch.from_numpy(run_call(pipe, IMAGES, num_inference_steps=steps, seed=1234, output_type="np"))
+
+
+class Case:
+    """The model, its images and statistics at a number of steps."""
+
+    def __init__(self, steps: int, outliers: bool) -> None:
+        self.steps, self.outliers = steps, outliers
+        pipe = load(outliers)
+        self.reference = images(pipe, steps)
+        self.statistics = dq.calibrate(pipe, CALLS, num_inference_steps=steps, seed=77, progress=False)
+
+    def images(self, **config: object) -> torch.Tensor:
+        pipe = load(self.outliers)
+        dq.quantize(pipe, dq.DQConfig(**config), statistics=self.statistics, progress=False)
+        return images(pipe, self.steps)
+
+    def psnr(self, **config: object) -> float:
+        value = float(psnr(self.reference, self.images(**config)).mean())
+        print(f"\n{self.steps} steps{', outliers' if self.outliers else ''}: {config} {value:.2f} dB")
+        return value
+
+
+@pytest.fixture(scope="module", params=[25, 50])
+def plain(request):
+    return Case(request.param, outliers=False)
+
+
+@pytest.fixture(scope="module", params=[25, 50])
+def hard(request):
+    return Case(request.param, outliers=True)
+
+
+@pytest.mark.slow
+def test_without_rounding_the_images_are_those_of_full_precision(plain):
+    difference = (plain.images(**HTG, weight_bits=16, activation_bits=16) - plain.reference).abs().max()
+    print(f"\n{plain.steps} steps, W16A16: largest difference {difference:.1e}")
+    assert difference < 1e-4
+
+
+@pytest.mark.slow
+def test_htg_on_the_trained_model(plain):
+    assert plain.psnr(**HTG, weight_bits=8) >= 40
+    assert plain.psnr(**HTG, weight_bits=4) >= plain.psnr(**RTN, weight_bits=4) + 2
+
+
+@pytest.mark.slow
+def test_htg_with_outliers(hard):
+    assert hard.psnr(**HTG, weight_bits=8) >= hard.psnr(**RTN, weight_bits=8) + 12
+    assert hard.psnr(**HTG, weight_bits=4) >= hard.psnr(**RTN, weight_bits=4) + 5
+
+
+def test_injected_outliers_do_not_change_the_function():
+    pipe = tiny_pipeline()
+    model, changed = pipe.transformer.double(), copy.deepcopy(pipe.transformer)
+    inject_outliers(changed)
+    assert (
+        changed.transformer_blocks[0].attn1.to_q.weight / model.transformer_blocks[0].attn1.to_q.weight
+    ).min() < 0.1
+    inputs = dict(
+        hidden_states=torch.randn(1, 4, 8, 8, dtype=torch.float64),
+        timestep=torch.tensor([5]),
+        class_labels=torch.tensor([1]),
+    )
+    with torch.no_grad():
+        # scales of 40 in fp64
+        assert torch.allclose(model(**inputs).sample, changed(**inputs).sample, rtol=1e-10, atol=1e-10)
+
+
+def stored_bytes(model, folder: Path) -> int:
+    """Of the weights file, without the timestep and class embedders."""
+    model.save_pretrained(folder)
+    total = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    embedders = {id(t): t for name, t in model.state_dict(keep_vars=True).items() if ".emb." in name}
+    return total - sum(tensor.nbytes for tensor in embedders.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weight_bits, bar", [(8, 0.60), (4, 0.36)])
+def test_size_of_the_demo_models_file(weight_bits, bar, tmp_path):
+    pipe = DiTPipeline.from_pretrained(MODEL, torch_dtype=torch.bfloat16)
+    statistics = dq.calibrate(pipe, CALLS, num_inference_steps=50, progress=False)
+    full = stored_bytes(pipe.transformer, tmp_path / "full")
+    dq.quantize(pipe, dq.DQConfig(**HTG, weight_bits=weight_bits), statistics=statistics, progress=False)
+    ratio = stored_bytes(pipe.transformer, tmp_path / "quantized") / full
+    print(f"\ndemo model, 50 steps, W{weight_bits}A8: {ratio:.3f} of bf16")
+    assert ratio <= bar
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weight_bits, bar", [(8, 0.54), (4, 0.29)])
+def test_size_at_the_width_of_dit_xl(weight_bits, bar, tmp_path):
+    pipe = tiny_pipeline(num_attention_heads=16, attention_head_dim=72)
+    pipe.to(torch.bfloat16)
+    statistics = dq.calibrate(pipe, [dict(class_labels=[1])], num_inference_steps=10, progress=False)
+    full = stored_bytes(pipe.transformer, tmp_path / "full")
+    config = dq.DQConfig(**HTG, weight_bits=weight_bits, groups=10, search="minmax")
+    dq.quantize(pipe, config, statistics=statistics, progress=False)
+    ratio = stored_bytes(pipe.transformer, tmp_path / "quantized") / full
+    print(f"\nwidth 1152, 10 groups, W{weight_bits}A8: {ratio:.3f} of bf16")
+    assert ratio <= bar
