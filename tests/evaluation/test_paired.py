@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import diffusers_dq as dq
 from diffusers_dq.evaluation import Comparison, compare, psnr
-from diffusers_dq.evaluation.paired import _pictures, _rows, _run
 from diffusers_dq.evaluation.metrics import snr_db
+from diffusers_dq.evaluation.paired import _pictures, _rows, _run
 from diffusers_dq.linear import QuantizedLinear
 
 CALLS = [dict(class_labels=[1, 2], guidance_scale=1.5), dict(class_labels=[3], guidance_scale=1.5)]
