@@ -12,8 +12,7 @@ from diffusers_dq.installation import Description
 from diffusers_dq.linear import QuantizedLinear
 from diffusers_dq.methods import Method
 from diffusers_dq.planning import Plan, make_plan
-from diffusers_dq.specs import SPECS, ModelSpec, spec_of, ungrouped
-from diffusers_dq.specs.base import GENERIC_NOT_CONVERTED, LinearGroup
+from diffusers_dq.specs import SPECS, ModelSpec, spec_of, undescribed
 from diffusers_dq.statistics import Statistics
 from diffusers_dq.timesteps import TimestepGroups, boundary_table
 
@@ -81,13 +80,10 @@ class Conversion:
 
 
 def _spec(model: nn.Module, statistics: Statistics | None) -> ModelSpec:
-    """The architecture's, else the groups that calibration discovered, else each linear alone."""
+    """The architecture's, else from the groups that calibration discovered, else each linear alone."""
     if statistics is None or SPECS.get(type(model).__name__) is not None:
         return spec_of(model)
-    groups = tuple(LinearGroup(site.linears) for site in statistics.sites.values() if site.linears)
-    reached = {linear for group in groups for linear in group.linears}
-    alone = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name not in reached]
-    return ModelSpec(groups=groups + ungrouped(alone).groups, not_converted=GENERIC_NOT_CONVERTED)
+    return undescribed(site.linears for site in statistics.sites.values())
 
 
 def convert(

@@ -107,7 +107,7 @@ def kept_in_full_precision(model: nn.Module, spec: ModelSpec, config: DQConfig) 
             whose = "the architecture's" if config.modules_to_not_convert is None else "your"
             kept[name] = f"{skip!r} is in {whose} modules_to_not_convert"
         elif name not in known:
-            kept[name] = f"not among the linears that the spec of {type(model).__name__} knows"
+            kept[name] = f"in no group of linears that is known for {type(model).__name__}"
         elif bits.weight == 4 and _in_features(model, name) % 2:
             kept[name] = "in_features is odd, and int4 packs two values of a row in a byte"
     return kept

@@ -47,7 +47,7 @@ def test_every_linear_is_quantized_or_kept_for_a_reason(pipe, dit_statistics):
 def test_modules_to_not_convert_replaces_the_architectures_list(pipe):
     report = quantize(pipe, {"method": "rtn", "modules_to_not_convert": ["attn1"]})
     assert report.kept[LINEAR] == "'attn1' is in your modules_to_not_convert"
-    assert report.kept["proj_out_2"] == "not among the linears that the spec of DiTTransformer2DModel knows"
+    assert report.kept["proj_out_2"] == "in no group of linears that is known for DiTTransformer2DModel"
     assert not [name for name in layers(pipe.transformer) if "attn1" in name]
 
 

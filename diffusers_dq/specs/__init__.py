@@ -12,7 +12,7 @@ from diffusers_dq.specs.base import (
     RowUpdate,
     ValueProjection,
     spec_of,
-    ungrouped,
+    undescribed,
 )
 
 import_submodules(__name__)
@@ -27,5 +27,5 @@ __all__ = [
     "RowUpdate",
     "ValueProjection",
     "spec_of",
-    "ungrouped",
+    "undescribed",
 ]

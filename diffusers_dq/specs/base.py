@@ -116,8 +116,8 @@ class ModelSpec:
 
 SPECS: Registry[Callable[[nn.Module], ModelSpec]] = Registry("model spec")
 
-# Parts of names that embedders, modulation heads and output layers go by across diffusers' transformers.
-GENERIC_NOT_CONVERTED = ("emb", "time", "norm", "adaln", "modulation", "proj_in", "proj_out", "caption_projection")
+# Parts of names that embedders and modulation linears inside blocks go by across diffusers' transformers.
+_CONDITIONING = ("emb", "time", "norm", "adaln", "modulation")
 
 
 def spec_of(model: nn.Module) -> ModelSpec:
@@ -125,9 +125,11 @@ def spec_of(model: nn.Module) -> ModelSpec:
     build = SPECS.get(type(model).__name__)
     if build is not None:
         return build(model)
-    return ungrouped(name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    return undescribed((name,) for name, module in model.named_modules() if isinstance(module, nn.Linear))
 
 
-def ungrouped(linears: Iterable[str]) -> ModelSpec:
-    groups = tuple(LinearGroup((name,)) for name in linears)
-    return ModelSpec(groups=groups, not_converted=GENERIC_NOT_CONVERTED)
+def undescribed(groups: Iterable[tuple[str, ...]]) -> ModelSpec:
+    """Of an architecture without a spec: groups of linears that share an input, as far as they are inside repeated
+    blocks, whose names hold a number. What is outside, embedders and first and last layers, stays in full precision."""
+    inside = (tuple(name for name in group if any(map(str.isdigit, name.split(".")))) for group in groups)
+    return ModelSpec(groups=tuple(LinearGroup(group) for group in inside if group), not_converted=_CONDITIONING)

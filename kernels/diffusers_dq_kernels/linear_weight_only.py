@@ -75,12 +75,19 @@ def _float_int8_matmul(x: Tensor, weight: Tensor) -> Tensor:
     """x: [M, K] float, weight: [N, K] int8.   Returns [M, N], unscaled: bf16 for bf16, at least fp32 otherwise.
 
     PyTorch's own kernel reads int8 directly, which pays up to 8 rows of bf16; it crashes unless K is a multiple of
-    16. Its scales are of x's dtype, so ours, fp32, come after. fp16 is widened: unscaled sums pass 65504.
+    16 and both operands are aligned (a tensor of a mapped file need not be). Its scales are of x's dtype, so ours,
+    fp32, come after. fp16 is widened: unscaled sums pass 65504.
     """
     if x.dtype == torch.bfloat16 and 0 < x.shape[0] <= 8 and x.shape[1] % 16 == 0 and weight.numel():
-        return torch._weight_int8pack_mm(x.contiguous(), weight.contiguous(), x.new_ones(weight.shape[0]))
+        return torch._weight_int8pack_mm(_aligned(x), _aligned(weight), x.new_ones(weight.shape[0]))
     wide = x.dtype if x.dtype == torch.bfloat16 else torch.promote_types(x.dtype, torch.float32)
     return F.linear(x.to(wide), weight.to(wide))
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x, contiguous and from the start of a 64-byte line; copied where it is not."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 64 == 0 else x.clone()
 
 
 # Kernel

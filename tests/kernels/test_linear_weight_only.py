@@ -153,3 +153,14 @@ def test_every_tile_on_the_gpu(forms: Any, bits: int, dtype: torch.dtype, m: int
     exact, tolerance = allowed(reference, args)
     y = op(*(tensor.cuda() for tensor in args)).cpu()
     assert ((y.double() - exact).abs() <= tolerance).all()
+
+
+@pytest.mark.parametrize("offset", [1, 8, 16, 33])
+def test_operands_at_any_address_are_read_right(offset):
+    """Tensors of a mapped safetensors file start anywhere; PyTorch's own kernel crashes on them."""
+    m, n, k = 2, 32, 64
+    weight = torch.randint(-128, 128, (n * k + offset,), dtype=torch.int8)[offset:].view(n, k)
+    x = torch.randn(m * k + offset, dtype=torch.bfloat16)[offset:].view(m, k)
+    scale, group = torch.rand(n), torch.zeros(1, dtype=torch.long)
+    actual = linear_w8a16(x, weight, scale, None, group)
+    assert torch.equal(actual, linear_w8a16(x.clone(), weight.clone(), scale, None, group))
