@@ -130,6 +130,6 @@ def spec_of(model: nn.Module) -> ModelSpec:
 
 def undescribed(groups: Iterable[tuple[str, ...]]) -> ModelSpec:
     """Of an architecture without a spec: groups of linears that share an input, as far as they are inside repeated
-    blocks, whose names hold a number. What is outside, embedders and first and last layers, stays in full precision."""
+    blocks, whose names hold a number. What is outside, embedders, first and last layers, stays in full precision."""
     inside = (tuple(name for name in group if any(map(str.isdigit, name.split(".")))) for group in groups)
     return ModelSpec(groups=tuple(LinearGroup(group) for group in inside if group), not_converted=_CONDITIONING)
