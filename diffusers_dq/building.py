@@ -167,7 +167,7 @@ def _bias_correction(exact: Tensor, q: Tensor, tables: dict[str, Tensor], plan: 
         if plan.input_range is not None and plan.scheme is not None:
             row = min(g, len(tables["input_scale"]) - 1)
             scale, zero_point = tables["input_scale"][row], tables["input_zero_point"][row]
-            u_rounded = affine.dequantize(affine.quantize(u, scale, zero_point, plan.scheme), scale, zero_point)
+            u_rounded = affine.rounded(u, scale, zero_point, plan.scheme)
         means = (part.mean(dim=(0, 1)).to(exact) for part in (u, u_rounded))
         rows.append(next(means) @ exact.T - next(means) @ rounded.T)
     return torch.stack(rows)

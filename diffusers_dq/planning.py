@@ -188,7 +188,7 @@ def _site(
 
 
 def _statistics_of(group: LinearGroup, statistics: Statistics) -> SiteStatistics:
-    site = statistics.sites.get(group.name)
+    site = statistics.input_of(group.name)
     if site is None or not site.visited.any():
         raise ValueError(
             f"{group.name} was never reached during calibration, so its input is unknown; calibrate with calls that"

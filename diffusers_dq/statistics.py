@@ -64,6 +64,10 @@ class Statistics:
         """Whether the timestep value falls while denoising, as in most models (Lumina and Z-Image rise)."""
         return len(self.timesteps) < 2 or bool(self.timesteps[0] > self.timesteps[-1])
 
+    def input_of(self, linear: str) -> SiteStatistics | None:
+        """The site that a linear reads; None where it was never reached."""
+        return next((site for site in self.sites.values() if linear in site.linears), None)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file; an existing one is replaced only once the new one is whole on disk."""
         tensors = {"timesteps": self.timesteps, "fingerprint": self.fingerprint}

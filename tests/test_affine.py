@@ -27,6 +27,14 @@ def test_rounding_moves_a_value_inside_the_range_by_half_a_step_at_most(seed, sc
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_rounded_values_are_those_of_the_integers(scheme):
+    x = torch.randn(4, 300, generator=torch.Generator().manual_seed(0)) + 1
+    scale, zero_point = (p[:, None] for p in affine.affine_parameters(x.amin(1) * 0.7, x.amax(1) * 0.7, scheme))
+    q = affine.quantize(x, scale, zero_point, scheme)
+    assert torch.equal(affine.rounded(x, scale, zero_point, scheme), affine.dequantize(q, scale, zero_point))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 @pytest.mark.parametrize("low, high", [(0.0, 0.0), (1.0, 3.0), (-3.0, -1.0), (-1e-30, 1e30)])
 def test_zero_is_exact_and_the_scale_positive(scheme, low, high):
     scale, zero_point = affine.affine_parameters(torch.tensor(low), torch.tensor(high), scheme)

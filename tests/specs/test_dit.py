@@ -10,9 +10,9 @@ from diffusers_dq.transforms import Chain, Scale, Shift
 
 
 @pytest.mark.parametrize("step", [5, 400, 900])
-@pytest.mark.parametrize("affine_norm", [False, True])
-def test_any_chain_on_every_group_folds_exactly(step, affine_norm):
-    model = tiny_dit(norm_elementwise_affine=affine_norm).double()
+@pytest.mark.parametrize("variant", [{}, {"norm_elementwise_affine": True}, {"attention_bias": False}], ids=str)
+def test_any_chain_on_every_group_folds_exactly(step, variant):
+    model = tiny_dit(**variant).double()
     generator = torch.Generator().manual_seed(0)
     chains = {}
     for group in spec_of(model).groups:
