@@ -23,7 +23,7 @@ def dit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved DiTPipeline: 2 blocks of width 32, the embedders equal in both blocks, as in published checkpoints."""
     from support import tiny_pipeline
 
-    pipe = tiny_pipeline(out_channels=4)
+    pipe = tiny_pipeline()
     first, second = (block.norm1.emb for block in pipe.transformer.transformer_blocks)
     second.load_state_dict(first.state_dict())
     folder = tmp_path_factory.mktemp("dit")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
-from diffusers import DDIMScheduler, FluxTransformer2DModel
+from diffusers import DDIMScheduler
 from support import CALLS, tiny_dit, tiny_pipeline
 from torch import nn
 
@@ -215,31 +215,11 @@ def test_what_is_no_diffusion_transformer_is_named():
         TimestepArgument.of(tiny_pipeline().vae)
 
 
-def test_linears_of_an_unknown_architecture_are_grouped_by_the_tensor_they_receive():
-    torch.manual_seed(0)
-    flux = FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=4,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        pooled_projection_dim=32,
-        axes_dims_rope=(4, 4, 8),
-    )
+def test_linears_of_an_unknown_architecture_are_grouped_by_the_tensor_they_receive(tiny_flux, run_flux):
+    flux = tiny_flux().transformer
     recorder = _Recorder(flux, seed=0)
-    inputs = dict(
-        hidden_states=torch.randn(1, 16, 4),
-        encoder_hidden_states=torch.randn(1, 6, 32),
-        pooled_projections=torch.randn(1, 32),
-        timestep=torch.tensor([0.5]),
-        img_ids=torch.zeros(16, 3),
-        txt_ids=torch.zeros(6, 3),
-    )
-    with torch.no_grad(), recorder.attached():
-        flux(**inputs)
-        flux(**inputs)
+    with recorder.attached():
+        run_flux(flux)
     groups = set(recorder.linears.values())
     block = "transformer_blocks.0.attn"
     assert (f"{block}.to_q", f"{block}.to_k", f"{block}.to_v") in groups
