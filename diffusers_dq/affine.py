@@ -31,14 +31,9 @@ def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor | int = 0) -> Tensor
     return (q.to(scale.dtype) - zero_point) * scale
 
 
-def rounded(x: Tensor, scale: Tensor, zero_point: Tensor | int, scheme: QuantScheme) -> Tensor:
+def rounded(x: Tensor, scale: Tensor, zero_point: Tensor, scheme: QuantScheme) -> Tensor:
     """x^, of x's shape and dtype: `dequantize(quantize(x))` without the integers in between."""
     return (x / scale).round_().clamp_(scheme.qmin - zero_point, scheme.qmax - zero_point).mul_(scale)
-
-
-def quantize_probability(p: Tensor, bits: int) -> Tensor:
-    """Values in [0, 1] as whole numbers 0 .. 2^bits - 1, in p's dtype."""
-    return torch.round(p * ((1 << bits) - 1))
 
 
 def affine_parameters(low: Tensor, high: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:

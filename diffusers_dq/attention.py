@@ -4,6 +4,7 @@
 Notation: B batch, H heads, N tokens, D head width.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,21 +14,26 @@ from torch import Tensor, nn
 from diffusers_dq import affine
 from diffusers_dq.scheme import QuantScheme
 
-OPERANDS = ("query", "key", "value")
+OPERANDS = ("query", "key", "value", "probability")
+SAMPLED_QUERIES = 8
+
+
+def scheme(operand: str, bits: int) -> QuantScheme:
+    """Symmetric for query, key and value; probabilities start at zero and use all 2^bits levels above it."""
+    return QuantScheme(bits=bits, granularity="tensor", symmetric=operand != "probability")
 
 
 class QuantizedAttnProcessor:
     """A diffusers attention processor for plain self-attention: projections, softmax(q k^T / sqrt(D)) v, output.
 
-    query, key and value are rounded symmetrically with the scales `query_scale`, `key_scale`, `value_scale` [1] that
-    `attach` registers as buffers of the Attention module; probabilities, in [0, 1], to 2^bits - 1 levels. The integers
-    are multiplied as fp32 numbers. That is exact integer arithmetic: |q k^T| <= D 128^2 <= 2^24 for D <= 1024, and a
-    row of probabilities adds up to no more than 255 + N / 2 levels, so |A v| < 2^24 for N <= 2^17. It saves no time.
+    Each operand has a static scale [1] fp32, `query_scale`, `key_scale`, `value_scale` and `probability_scale`, which
+    `attach` registers as buffers of the Attention module. The integers are multiplied as fp32 numbers, which is exact
+    integer arithmetic up to sums of 2^24: |q k^T| <= D 128^2 <= 2^24 for D <= 1024, and |A v| <= 255 x 128 N < 2^24
+    for N <= 512 even if all probabilities were at the end of their range. It saves no time, and takes N x N memory.
     """
 
     def __init__(self, bits: int) -> None:
         self.bits = bits
-        self.scheme = QuantScheme(bits=bits, granularity="tensor")
 
     def __call__(
         self,
@@ -39,24 +45,39 @@ class QuantizedAttnProcessor:
     ) -> Tensor:
         if encoder_hidden_states is not None or attention_mask is not None:
             raise ValueError("quantized attention is self-attention without a mask; use quantize_attention=False here")
-        integers = (
-            self._heads(projection(hidden_states), getattr(attn, f"{name}_scale"), attn.heads)
-            for name, projection in zip(OPERANDS, (attn.to_q, attn.to_k, attn.to_v), strict=True)
+        query, key, value = (  # [B, H, N, D]
+            self._integers(attn, name, split_heads(projection(hidden_states), attn.heads))
+            for name, projection in (("query", attn.to_q), ("key", attn.to_k), ("value", attn.to_v))
         )
-        query, key, value = integers  # [B, H, N, D], integers held as fp32
         logits = (query @ key.transpose(-1, -2)) * (attn.query_scale * attn.key_scale * attn.scale)
-        levels = (1 << self.bits) - 1
-        probabilities = affine.quantize_probability(logits.softmax(dim=-1), self.bits)
-        output = (probabilities @ value) * (attn.value_scale / levels)
+        probabilities = self._integers(attn, "probability", logits.softmax(dim=-1))
+        output = (probabilities @ value) * (attn.value_scale * attn.probability_scale)
         output = output.transpose(1, 2).flatten(2).to(hidden_states.dtype)  # [B, N, H D]
         return attn.to_out[1](attn.to_out[0](output)) / attn.rescale_output_factor
 
-    def _heads(self, x: Tensor, scale: Tensor, heads: int) -> Tensor:
-        q = affine.quantize(x.float(), scale, 0, self.scheme).float()
-        return q.unflatten(-1, (heads, -1)).transpose(1, 2)
+    def _integers(self, attn: Any, operand: str, x: Tensor) -> Tensor:
+        """x rounded to the integers of its scheme, zero point off, held as fp32."""
+        of = scheme(operand, self.bits)
+        zero_point = 0 if of.symmetric else of.qmin
+        return affine.quantize(x.float(), getattr(attn, f"{operand}_scale"), zero_point, of).float() - zero_point
 
 
-def attach(attention: Any, bits: int, scales: dict[str, Tensor] | None, device: torch.device | str) -> None:
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """[B, N, H D] -> [B, H, N, D]."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def sample_probabilities(query: Tensor, key: Tensor, heads: int, scale: float) -> Tensor:
+    """Rows of softmax(q k^T scale), of 8 evenly spaced queries of each head: what calibration observes.
+
+    query, key: [B, N, H D].   Returns [B, H, 8 at most, N].
+    """
+    places = torch.linspace(0, query.shape[1] - 1, min(SAMPLED_QUERIES, query.shape[1]), device=query.device).long()
+    rows = split_heads(query[:, places].float(), heads)
+    return (rows @ split_heads(key.float(), heads).transpose(-1, -2) * scale).softmax(dim=-1)
+
+
+def attach(attention: Any, bits: int, scales: Mapping[str, Tensor] | None, device: torch.device | str) -> None:
     """Quantize an Attention module's two products. scales: operand -> [1] fp32; None where a file will bring them."""
     for name in OPERANDS:
         scale = torch.ones(1, device=device) if scales is None else scales[name].to(device)
@@ -64,11 +85,11 @@ def attach(attention: Any, bits: int, scales: dict[str, Tensor] | None, device: 
     attention.set_processor(QuantizedAttnProcessor(bits))
 
 
-def detach(attention: Any) -> None:
-    """Undo `attach`."""
+def detach(attention: Any, processor: Any = None) -> None:
+    """Undo `attach`, or what there is of it.   processor: the one to go back to, diffusers' own if None."""
     for name in OPERANDS:
-        delattr(attention, f"{name}_scale")
-    attention.set_processor(AttnProcessor2_0())
+        attention._buffers.pop(f"{name}_scale", None)
+    attention.set_processor(processor or AttnProcessor2_0())
 
 
 def owns(module: nn.Module, leaf: str) -> bool:

@@ -4,6 +4,7 @@
 import inspect
 import os
 import weakref
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -15,10 +16,12 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from diffusers_dq.attention import sample_probabilities
+from diffusers_dq.checks import check_argument
 from diffusers_dq.denoise import Call, check_calls, denoiser, quiet, run_call, watching_timestep
 from diffusers_dq.observers import StepObserver
-from diffusers_dq.specs import SPECS, spec_of
-from diffusers_dq.statistics import SiteStatistics, Statistics, fingerprint_of
+from diffusers_dq.specs import SPECS, AttentionSite, spec_of
+from diffusers_dq.statistics import SiteStatistics, Statistics, check_writable, fingerprint_of, not_finite
 
 
 def calibrate(
@@ -38,14 +41,19 @@ def calibrate(
     checkpoint: a file written after each call. The same function call again resumes behind the last whole call there;
         it raises ValueError when the file belongs to another run.
 
-    Memory: for each activation of K channels, 24 S K bytes of RAM (fp32 minimum and maximum, 8 tokens in bf16), which
-    does not grow with calls, batch or tokens: 0.85 GB for DiT-XL/2 at 100 steps. Every hook is
-    removed at the end, also after an exception or Ctrl-C.
+    Memory: for each activation of K channels, 24 S K bytes of RAM (fp32 minimum and maximum, 8 tokens in bf16), and as
+    much again while the result, or a checkpoint, is put together: 0.85 GB and 1.7 GB for DiT-XL/2 at 100 steps. It
+    does not grow with batch, tokens, or calls of one schedule. Every hook is removed at the end, also after an
+    exception or Ctrl-C.
 
     Raises ValueError for a pipeline without a transformer, for activations that are NaN or infinite (the message names
     module and step), TypeError for arguments that the pipeline does not take.
     """
     check_calls(pipe, calls)
+    check_argument("num_inference_steps", num_inference_steps, int)
+    check_argument("seed", seed, int)
+    if checkpoint is not None:
+        check_writable(checkpoint)
     if num_inference_steps < 1:
         raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
     transformer = denoiser(pipe)
@@ -73,10 +81,9 @@ def calibrate(
                     seed=seed + i,
                     output_type="latent",
                 )
-            statistics = recorder.statistics(about | {"calls_done": i + 1})
-            statistics.check_finite()
+            recorder.check_finite()
             if checkpoint is not None:
-                statistics.save(checkpoint)
+                recorder.statistics(about | {"calls_done": i + 1}).save(checkpoint)
     statistics = recorder.statistics(about | {"calls_done": len(calls)})
     quantizer = getattr(transformer, "hf_quantizer", None)
     if quantizer is not None:  # a model loaded as *prepared* remembers what `dq.quantize(pipe)` will need
@@ -90,20 +97,34 @@ def _about(
     return {
         "model_class": type(transformer).__name__,
         "pipeline_class": type(pipe).__name__,
-        "scheduler": type(getattr(pipe, "scheduler", None)).__name__,
+        "scheduler": _scheduler(pipe),
         "num_inference_steps": num_inference_steps,
         "seed": seed,
         "calls": len(calls),
-        "arguments": [repr(sorted((key, _brief(value)) for key, value in call.items())) for call in calls],
+        "arguments": [{key: _brief(value) for key, value in sorted(call.items())} for call in calls],
         "dtype": str(next(transformer.parameters()).dtype),
         "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
     }
 
 
+def _scheduler(pipe: DiffusionPipeline) -> str:
+    scheduler = getattr(pipe, "scheduler", None)
+    settings = sorted(getattr(scheduler, "config", {}).items())
+    return f"{type(scheduler).__name__}({', '.join(f'{key}={_brief(value)}' for key, value in settings)})"
+
+
 def _brief(value: Any) -> str:
-    """A stable, short description of a call's argument (a tensor's or picture's repr may hold an address)."""
+    """A short description by which a call's argument is known again: what is long or an object, by a checksum."""
+    if isinstance(value, Tensor):
+        value = value.detach().float().cpu().numpy()
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_brief, value))}]"
+    if hasattr(value, "tobytes"):  # arrays and pictures
+        return f"{type(value).__name__} {getattr(value, 'shape', '')} {zlib.crc32(value.tobytes()):08x}"
     text = repr(value)
-    return text if len(text) <= 200 and " at 0x" not in text else type(value).__name__
+    if " at 0x" in text:  # an object whose address says nothing
+        return type(value).__name__
+    return text if len(text) <= 200 else f"{type(value).__name__} {zlib.crc32(text.encode()):08x}"
 
 
 @contextmanager
@@ -139,6 +160,7 @@ class _Recorder:
         self.model = model
         self.seed = seed
         self.timesteps: list[float] = []
+        self.descending = True
         self.observers: dict[str, StepObserver] = {}
         self.linears: dict[str, tuple[str, ...]] = {}
         self.call = 0
@@ -168,12 +190,26 @@ class _Recorder:
                 name = f"{linear}:output"
                 self.linears[name] = ()
                 yield self.model.get_submodule(linear).register_forward_hook(self._observe_output(name))
+            yield from self._watch_probabilities(site)
 
     def _observe_input(self, site: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         return lambda module, args: self._observe(site, args[0])
 
     def _observe_output(self, site: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
         return lambda module, args, output: self._observe(site, output)
+
+    def _watch_probabilities(self, site: AttentionSite) -> Iterator[Any]:
+        """A few rows of softmax(q k^T), which no module puts out, worked out once q and k are there."""
+        attention: Any = self.model.get_submodule(site.module)
+        name = f"{site.module}:probabilities"
+        self.linears[name] = ()
+        queries: list[Tensor] = []
+
+        def observe(module: nn.Module, args: tuple[Any, ...], key: Tensor) -> None:
+            self._observe(name, sample_probabilities(queries.pop(), key, attention.heads, attention.scale))
+
+        yield attention.to_q.register_forward_hook(lambda module, args, query: queries.append(query))
+        yield attention.to_k.register_forward_hook(observe)
 
     def _discover(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         """For an architecture without a spec: linears that are given the very same tensor object form a group."""
@@ -193,6 +229,8 @@ class _Recorder:
 
     def _on_forward(self, timestep: float) -> None:
         self._seen.clear()
+        if len(self.timesteps) == 1 and timestep != self.timesteps[0]:
+            self.descending = timestep < self.timesteps[0]
         if timestep not in self.timesteps:
             self.timesteps.append(timestep)
         self._step = self.timesteps.index(timestep)
@@ -209,13 +247,23 @@ class _Recorder:
             observer.start_call(call)
 
     def statistics(self, about: dict[str, Any]) -> Statistics:
-        for observer in self.observers.values():
-            observer.pad_to(len(self.timesteps))
-        sites = {
-            name: SiteStatistics(self.linears[name], *observer.to_tensors().values())
-            for name, observer in self.observers.items()
-        }
-        return Statistics(torch.tensor(self.timesteps), sites, fingerprint_of(self.model), about)
+        """In the order of denoising, also where calls had different schedules: by value, as the first call went."""
+        timesteps = torch.tensor(self.timesteps)
+        order = timesteps.argsort(descending=self.descending)
+        sites = {}
+        for name, observer in self.observers.items():
+            observer.pad_to(len(timesteps))
+            tensors = (tensor[order] for tensor in observer.to_tensors().values())
+            sites[name] = SiteStatistics(self.linears[name], *tensors)
+        return Statistics(timesteps[order], sites, fingerprint_of(self.model), about)
+
+    def check_finite(self) -> None:
+        """Raises ValueError that names the first step, and in it the first site, that received no numbers."""
+        bad = {name: observer.first_bad_step() for name, observer in self.observers.items()}
+        steps = [step for step in bad.values() if step is not None]
+        if steps:
+            name = next(name for name, step in bad.items() if step == min(steps))
+            raise not_finite(name, min(steps), self.timesteps[min(steps)])
 
     def resume(self, checkpoint: str | os.PathLike[str], about: dict[str, Any]) -> int:
         """Calls already done according to the file; 0 where there is none."""
@@ -229,7 +277,7 @@ class _Recorder:
                     f"the checkpoint {checkpoint} is of another run: its {key} is {saved.about.get(key)!r}, now it is"
                     f" {value!r}. Give the same arguments to resume, or another checkpoint path to start anew"
                 )
-        self.timesteps = saved.timesteps.tolist()
+        self.timesteps, self.descending = saved.timesteps.tolist(), saved.descending
         for name, site in saved.sites.items():
             self.linears[name] = site.linears
             self.observers[name] = StepObserver(name, self.seed)

@@ -12,6 +12,7 @@ from typing import Any
 
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
+from diffusers_dq.checks import check_argument
 from diffusers_dq.linear import NOT_ROUNDED, Bits
 from diffusers_dq.methods import Method
 from diffusers_dq.methods.base import make_method
@@ -68,9 +69,16 @@ class DQConfig(QuantizationConfigMixin):
                 f"the model was saved in format {format_version}, this diffusers_dq reads up to {FORMAT_VERSION}:"
                 " upgrade diffusers_dq"
             )
-        if isinstance(modules_to_not_convert, str):
+        check_argument("method", method, str)
+        check_argument("quantize_attention", quantize_attention, bool)
+        check_argument("statistics", statistics, str | os.PathLike | None)
+        if not _is_list_of_strings(modules_to_not_convert):
+            raise ValueError(f"modules_to_not_convert must be a list of strings, got {modules_to_not_convert!r}")
+        if not isinstance(overrides, Mapping | None) or not all(
+            isinstance(bits, Mapping) for bits in (overrides or {}).values()
+        ):
             raise ValueError(
-                f"modules_to_not_convert must be a list of strings, got the string {modules_to_not_convert!r}"
+                f'overrides must be a dict like {{"*.ff.net.2": {{"weight_bits": 8}}}}, got {overrides!r}'
             )
         self.quant_method = DQMethod.DIFFUSERS_DQ
         self.format_version = format_version
@@ -138,6 +146,12 @@ class DQConfig(QuantizationConfigMixin):
         return isinstance(other, DQConfig) and self.to_dict() == other.to_dict()
 
     __hash__ = None  # type: ignore[assignment]
+
+
+def _is_list_of_strings(value: Any) -> bool:
+    return value is None or (
+        isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(item, str) for item in value)
+    )
 
 
 __all__ = ["FORMAT_VERSION", "Bits", "DQConfig", "DQMethod"]

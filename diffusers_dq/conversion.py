@@ -32,6 +32,7 @@ class Conversion:
         dtype: torch.dtype,
         method: Method | None = None,
     ) -> None:
+        _refuse_fused(model)
         self.model = model
         self.config = config
         self.dtype = dtype
@@ -43,11 +44,12 @@ class Conversion:
 
     def build(self, name: str, linear: nn.Linear) -> QuantizedLinear:
         """The layer that is to replace the linear of this name. Raises ValueError where its weight is not finite."""
-        if not torch.isfinite(linear.weight).all():
-            raise ValueError(
-                f"{name}.weight holds NaN or infinite values and cannot be rounded: load a sound checkpoint, or add"
-                " it to modules_to_not_convert"
-            )
+        for kind, tensor in linear.named_parameters():
+            if tensor.device.type != "meta" and not torch.isfinite(tensor).all():
+                raise ValueError(
+                    f"{name}.{kind} holds NaN or infinite values and cannot be quantized: load a sound checkpoint, or"
+                    " add it to modules_to_not_convert"
+                )
         plan = self.plan.linears[name]
         partition = self.plan.partitions.index(plan.boundaries)
         self.layers[name] = build_linear(linear, plan, partition, self.groups, self.dtype)
@@ -77,6 +79,13 @@ class Conversion:
             model, description, self.layers, self.groups.to(device), boundaries.to(device), plan.attention
         )
         return self.config.copy(result=description.to_dict(), statistics=None)
+
+
+def _refuse_fused(model: nn.Module) -> None:
+    if any(getattr(module, "fused_projections", False) for module in model.modules()):
+        raise ValueError(
+            "the model's projections are fused, and a saved file could not tell: call unfuse_qkv_projections() first"
+        )
 
 
 def _spec(model: nn.Module, statistics: Statistics | None) -> ModelSpec:

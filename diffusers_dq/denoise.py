@@ -13,13 +13,24 @@ from torch import Tensor, nn
 
 Call = Mapping[str, Any]
 
-_TIMESTEP_NAMES = ("timestep", "timesteps")
+_TIMESTEP_NAMES = ("timestep", "timesteps", "t")
 
 
 def denoiser(pipe_or_model: Any) -> ModelMixin:
-    """The transformer that denoises. Raises ValueError where there is none."""
+    """The transformer that denoises, without a wrapper of torch.compile.
+
+    Raises ValueError where there is none, or where a pipeline has two (Wan 2.2), which need statistics of their own.
+    """
+    pipe_or_model = getattr(pipe_or_model, "_orig_mod", pipe_or_model)
     if isinstance(pipe_or_model, DiffusionPipeline):
         transformer = getattr(pipe_or_model, "transformer", None)
+        transformer = getattr(transformer, "_orig_mod", transformer)
+        if getattr(pipe_or_model, "transformer_2", None) is not None:
+            raise ValueError(
+                f"{type(pipe_or_model).__name__} has two denoisers, transformer and transformer_2; calibrating both is"
+                " not supported yet. Quantize each alone with a method that needs no statistics:"
+                " dq.quantize(pipe.transformer, dq.DQConfig('rtn')), then pipe.transformer_2"
+            )
         if not isinstance(transformer, nn.Module):
             parts = ", ".join(sorted(pipe_or_model.components))
             raise ValueError(
@@ -28,6 +39,7 @@ def denoiser(pipe_or_model: Any) -> ModelMixin:
             )
         return transformer
     if isinstance(pipe_or_model, ModelMixin):
+        TimestepArgument.of(pipe_or_model)
         return pipe_or_model
     raise ValueError(f"expected a diffusers pipeline or transformer, got {type(pipe_or_model).__name__}")
 
@@ -75,14 +87,16 @@ def watching_timestep(model: nn.Module, on_forward: Callable[[float], None]) -> 
 
 def check_calls(pipe: DiffusionPipeline, calls: Sequence[Call]) -> None:
     """Raises TypeError or ValueError before anything runs where a call would not be accepted by `pipe(...)`."""
-    if isinstance(calls, Mapping) or not calls:
+    if not isinstance(pipe, DiffusionPipeline):
+        raise ValueError(f"expected a diffusers pipeline, which makes the calls; got {type(pipe).__name__}")
+    if not isinstance(calls, Sequence) or not calls or not all(isinstance(call, Mapping) for call in calls):
         raise ValueError(f"calls must be a non-empty list of dicts, one a call of the pipeline; got {calls!r}")
     signature = inspect.signature(pipe.__call__)
     for i, call in enumerate(calls):
         if "num_inference_steps" in call:
             raise ValueError(f"calls[{i}] sets num_inference_steps; pass it to the function instead, for all calls")
         try:
-            signature.bind_partial(**call)
+            signature.bind(**call)
         except TypeError as error:
             known = ", ".join(name for name in signature.parameters if name not in ("args", "kwargs"))
             raise TypeError(f"calls[{i}]: {error}. {type(pipe).__name__} takes: {known}") from None

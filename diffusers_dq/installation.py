@@ -107,21 +107,39 @@ def install(
     attention_scales: Attention module -> operand -> [1]; None where a file will bring them.
     """
     select = SelectGroup(TimestepArgument.of(model), description.descending) if boundaries.numel() else None
-    for name, layer in layers.items():
-        model.set_submodule(name, layer)
-    for copied, original in description.tied.items():
-        model.set_submodule(copied, model.get_submodule(original))
-    for name in description.attention:
-        scales = None if attention_scales is None else dict(attention_scales[name])
-        attention.attach(model.get_submodule(name), description.attention_bits, scales, boundaries.device)
-    model.add_module(GROUPS, groups)
-    if select is not None:
-        model.register_buffer(BOUNDARIES, boundaries)
-        model.register_forward_pre_hook(select, with_kwargs=True)
+    replaced = {name: model.get_submodule(name) for name in (*layers, *description.tied)}
+    processors = {name: model.get_submodule(name).processor for name in description.attention}
+    try:
+        for name, layer in layers.items():
+            model.set_submodule(name, layer)
+        for copied, original in description.tied.items():
+            model.set_submodule(copied, model.get_submodule(original))
+        for name in description.attention:
+            scales = None if attention_scales is None else attention_scales[name]
+            attention.attach(model.get_submodule(name), description.attention_bits, scales, boundaries.device)
+        model.add_module(GROUPS, groups)
+        if select is not None:
+            model.register_buffer(BOUNDARIES, boundaries)
+            model.register_forward_pre_hook(select, with_kwargs=True)
+    except BaseException:
+        _remove_selection(model)
+        for name, processor in processors.items():
+            attention.detach(model.get_submodule(name), processor)
+        for name, module in replaced.items():
+            model.set_submodule(name, module)
+        raise
 
 
 def uninstall(model: nn.Module, description: Description) -> None:
     """Undo `install` except for the layers: hook, buffers, shared modules, attention processors."""
+    _remove_selection(model)
+    for copied, original in description.tied.items():
+        model.set_submodule(copied, copy.deepcopy(model.get_submodule(original)))
+    for name in description.attention:
+        attention.detach(model.get_submodule(name))
+
+
+def _remove_selection(model: nn.Module) -> None:
     for key, hook in list(model._forward_pre_hooks.items()):
         if isinstance(hook, SelectGroup):
             del model._forward_pre_hooks[key]
@@ -129,10 +147,6 @@ def uninstall(model: nn.Module, description: Description) -> None:
     for name in (GROUPS, BOUNDARIES):
         if hasattr(model, name):
             delattr(model, name)
-    for copied, original in description.tied.items():
-        model.set_submodule(copied, copy.deepcopy(model.get_submodule(original)))
-    for name in description.attention:
-        attention.detach(model.get_submodule(name))
 
 
 def identical(model: nn.Module, duplicates: Sequence[tuple[str, str]]) -> dict[str, str]:

@@ -28,12 +28,12 @@ class Bits:
     activation: int
 
     def __post_init__(self) -> None:
-        if self.weight not in WEIGHT_BITS:
-            raise ValueError(f"weight_bits must be one of {WEIGHT_BITS} (16: not rounded), got {self.weight!r}")
-        if self.activation not in ACTIVATION_BITS:
-            raise ValueError(
-                f"activation_bits must be one of {ACTIVATION_BITS} (16: not rounded), got {self.activation!r}"
-            )
+        for name, value, known in (
+            ("weight_bits", self.weight, WEIGHT_BITS),
+            ("activation_bits", self.activation, ACTIVATION_BITS),
+        ):
+            if type(value) is not int or value not in known:
+                raise ValueError(f"{name} must be one of the integers {known} (16: not rounded), got {value!r}")
         if self.weight == NOT_ROUNDED and self.activation != NOT_ROUNDED:
             raise ValueError(
                 f"weight_bits=16 with activation_bits={self.activation} has no integer product; round the weight too"

@@ -44,6 +44,13 @@ class StepObserver:
         self._high[step] = torch.maximum(self._high[step], high)
         self._merge_tokens(step, tokens, keys)
 
+    def first_bad_step(self) -> int | None:
+        """The first step in which the site received NaN or an infinite value."""
+        for step, (low, high, keys) in enumerate(zip(self._low, self._high, self._keys, strict=True)):
+            if len(keys) and not (torch.isfinite(low).all() and torch.isfinite(high).all()):
+                return step
+        return None
+
     def pad_to(self, steps: int) -> None:
         """Rows for steps in which the site was not reached: minimum inf, maximum -inf, no tokens."""
         self._grow(steps, self._low[0].numel())

@@ -14,8 +14,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from diffusers_dq import affine
-from diffusers_dq.attention import OPERANDS
+from diffusers_dq import affine, attention
 from diffusers_dq.config import Bits, DQConfig
 from diffusers_dq.linear import NOT_ROUNDED
 from diffusers_dq.methods import Method, Site, Solution
@@ -25,7 +24,7 @@ from diffusers_dq.statistics import SiteStatistics, Statistics
 from diffusers_dq.timesteps import Boundaries, group_of, refine
 from diffusers_dq.transforms import Chain
 
-_MOST_VALUES = 1 << 18  # of a range search; beyond, its estimate no longer changes in three digits
+_MOST_VALUES = 1 << 18  # that a range search looks at, spread evenly over steps and tokens
 
 
 @dataclass(frozen=True)
@@ -137,12 +136,13 @@ def make_plan(
 
     Raises ValueError where the method needs statistics that are missing, of another model, or lack a layer.
     """
+    kept = kept_in_full_precision(model, spec, config)
+    _refuse_adapters(model, spec, kept)
     if statistics is not None:
         statistics.check_model(model)
         statistics.check_finite()
     elif method.needs_statistics:
         raise ValueError(f"method {config.method!r} with these options needs statistics: calibrate first")
-    kept = kept_in_full_precision(model, spec, config)
     plans = {
         name: _first_plan(method, config.bits_of(name), weight_only=name in spec.weight_only)
         for group in spec.groups
@@ -157,8 +157,19 @@ def make_plan(
         _place(group, solution, site.weights[0].shape[1], config, plans)
         if site.statistics is not None and seen is not None:
             _use_statistics(group, site.statistics, seen.timesteps, method, solution, plans)
-    attention = _attention_scales(spec, config, statistics) if config.quantize_attention else {}
-    return Plan(plans, kept, attention, config.activation_bits)
+    scales = _attention_scales(spec, config, statistics, method.range_search) if config.quantize_attention else {}
+    return Plan(plans, kept, scales, config.activation_bits)
+
+
+def _refuse_adapters(model: nn.Module, spec: ModelSpec, kept: Mapping[str, str]) -> None:
+    for name in (linear for group in spec.groups for linear in group.linears if linear not in kept):
+        module = model.get_submodule(name)
+        if not isinstance(module, nn.Linear):
+            raise ValueError(
+                f"{name} is a {type(module).__module__}.{type(module).__name__}, not an nn.Linear: quantizing it would"
+                " drop what was put around the weight. Fuse or unload adapters first, or add it to"
+                " modules_to_not_convert"
+            )
 
 
 def _first_plan(method: Method, bits: Bits, weight_only: bool) -> LinearPlan:
@@ -286,27 +297,27 @@ def static_range(
         if search == "minmax":
             parameters.append(affine.affine_parameters(*full, scheme))
         else:
-            values = tokens[steps].flatten()
-            values = values[:: -(-len(values) // _MOST_VALUES)]
-            parameters.append(affine.search_range(values[None], *full, scheme))
+            rows = tokens[steps].flatten(0, 1)  # whole tokens: a stride over values would look at every n-th channel
+            rows = rows[:: -(-rows.numel() // _MOST_VALUES)]
+            parameters.append(affine.search_range(rows.reshape(1, -1), *full, scheme))
     scale, zero_point = (torch.cat(parts) for parts in zip(*parameters, strict=True))
     return InputRange(scale, zero_point, boundaries)
 
 
 def _attention_scales(
-    spec: ModelSpec, config: DQConfig, statistics: Statistics | None
+    spec: ModelSpec, config: DQConfig, statistics: Statistics | None, search: affine.RangeSearch
 ) -> dict[str, dict[str, Tensor]]:
+    """Attention module -> operand -> scale [1]."""
     if statistics is None:
         raise ValueError("quantize_attention=True needs statistics (query, key and value have static ranges)")
     if not spec.attention:
         raise ValueError("quantize_attention=True: no spec of this architecture says where its self-attention is")
-    scheme = QuantScheme(bits=config.activation_bits, granularity="tensor")
     scales: dict[str, dict[str, Tensor]] = {}
     for site in spec.attention:
-        scales[site.module] = {
-            operand: static_range(
-                statistics.sites[f"{linear}:output"], statistics.timesteps, Chain(), scheme, "mse"
-            ).scale
-            for operand, linear in zip(OPERANDS, (site.query, site.key, site.value), strict=True)
-        }
+        for operand, name in zip(attention.OPERANDS, site.operands, strict=True):
+            if name not in statistics.sites:
+                raise ValueError(f"the statistics know nothing of {name}; calibrate the model again")
+            scheme = attention.scheme(operand, config.activation_bits)
+            found = static_range(statistics.sites[name], statistics.timesteps, Chain(), scheme, search)
+            scales.setdefault(site.module, {})[operand] = found.scale
     return scales

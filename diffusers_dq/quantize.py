@@ -37,6 +37,12 @@ def quantize(
     they are of another model; where the model is quantized already; where a skip string or override matches no linear.
     """
     model = denoiser(pipe_or_transformer)
+    if not isinstance(config, DQConfig | None):
+        raise ValueError(f"config must be a dq.DQConfig, got {config!r}")
+    if not isinstance(statistics, Statistics | str | os.PathLike | None):
+        raise ValueError(f"statistics must be what dq.calibrate returned or the path of its file, got {statistics!r}")
+    if statistics is not None and calls is not None:
+        raise ValueError("quantize takes statistics, or calls to calibrate with, not both")
     if getattr(model, "is_quantized", False):
         raise ValueError(f"the {type(model).__name__} is quantized already; load it in full precision to do it again")
     quantizer = getattr(model, "hf_quantizer", None)

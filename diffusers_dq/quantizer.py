@@ -61,10 +61,9 @@ class DQQuantizer(DiffusersQuantizer):
             )
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype | None:
-        """A saved model comes back in the dtype it was saved in, unless the caller wants another."""
+        """As everywhere in diffusers, None is fp32: a pipeline's parts have to agree."""
         if self.description is not None:
-            torch_dtype = torch_dtype or self.description.dtype
-            self.description = replace(self.description, dtype=torch_dtype)
+            self.description = replace(self.description, dtype=torch_dtype or torch.get_default_dtype())
         self._dtype = torch_dtype or torch.get_default_dtype()
         return torch_dtype
 

@@ -75,7 +75,7 @@ def inspect(model_or_path: Any) -> QuantizationReport:
         folder = Path(model_or_path)
         if not folder.is_dir():
             raise FileNotFoundError(f"no folder {folder}; expected a saved pipeline or transformer")
-        model = AutoModel.from_pretrained(folder / "transformer" if (folder / "transformer").is_dir() else folder)
+        model = AutoModel.from_pretrained(str(folder / "transformer" if (folder / "transformer").is_dir() else folder))
     else:
         model = denoiser(model_or_path)
     config = model.config.get("quantization_config")

@@ -21,7 +21,7 @@ _FINGERPRINT_TENSORS = 256
 _SITE_TENSORS = ("min", "max", "tokens", "keys")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SiteStatistics:
     """One activation over the steps.
 
@@ -44,7 +44,7 @@ class SiteStatistics:
         return torch.isfinite(self.minimum).all(dim=1) & torch.isfinite(self.maximum).all(dim=1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Statistics:
     """Activation statistics of one transformer, keyed by timestep value.
 
@@ -58,6 +58,10 @@ class Statistics:
     sites: Mapping[str, SiteStatistics]
     fingerprint: Tensor
     about: Mapping[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        about = f"{self.about.get('model_class')}, {len(self.timesteps)} timesteps, {len(self.sites)} sites"
+        return f"Statistics({about}, {self.about.get('calls_done', 0)} calls)"
 
     @property
     def descending(self) -> bool:
@@ -78,14 +82,21 @@ class Statistics:
             "about": dict(self.about),
             "sites": {name: list(site.linears) for name, site in self.sites.items()},
         }
-        target = Path(path)
+        target = check_writable(path)
         unfinished = target.with_name(f"{target.name}.unfinished")
-        save_file(tensors, unfinished, metadata={"diffusers_dq": json.dumps(header)})
-        os.replace(unfinished, target)
+        try:
+            save_file(tensors, unfinished, metadata={"diffusers_dq": json.dumps(header)})
+            os.replace(unfinished, target)
+        except SafetensorError as error:
+            raise OSError(f"cannot write {target}: {error}") from error
+        finally:
+            unfinished.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Statistics":
         """Raises FileNotFoundError, or ValueError where the file is not a whole, known statistics file."""
+        if Path(path).is_dir():
+            raise IsADirectoryError(f"{path} is a folder; a statistics file is expected")
         if not Path(path).is_file():
             raise FileNotFoundError(
                 f"no statistics file at {path}; make one with dq.calibrate(...).save({str(path)!r})"
@@ -137,10 +148,7 @@ class Statistics:
                 first = bad[0], name
         step, name = first
         if name:
-            raise ValueError(
-                f"{name} received NaN or infinite values at step {step} (timestep {float(self.timesteps[step]):g});"
-                " statistics of it would be meaningless. Check the model's dtype (fp16 overflow?) and inputs"
-            )
+            raise not_finite(name, step, float(self.timesteps[step]))
 
     def check_model(self, model: nn.Module) -> None:
         """Raises ValueError unless the statistics were taken on this architecture with these weights."""
@@ -159,6 +167,27 @@ class Statistics:
                 f"the statistics were taken on a {known} with other weights than this one's: calibrate this"
                 " checkpoint, or load the one the statistics belong to"
             )
+
+
+def not_finite(site: str, step: int, timestep: float) -> ValueError:
+    return ValueError(
+        f"{site} received NaN or infinite values at step {step} (timestep {timestep:g}); statistics of it would be"
+        " meaningless. Check the model's dtype (fp16 overflow?) and inputs"
+    )
+
+
+def check_writable(path: str | os.PathLike[str]) -> Path:
+    """The path. Raises OSError, before hours of work, where no file can be written there."""
+    target = Path(path)
+    if target.is_dir():
+        raise IsADirectoryError(f"{target} is a folder; give the path of a file")
+    if not target.absolute().parent.is_dir():
+        raise FileNotFoundError(
+            f"there is no folder {target.absolute().parent} to write {target.name} to; make it first"
+        )
+    if not os.access(target.absolute().parent, os.W_OK):
+        raise PermissionError(f"the folder {target.absolute().parent} cannot be written to; choose another")
+    return target
 
 
 def fingerprint_of(model: nn.Module) -> Tensor:

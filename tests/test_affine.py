@@ -61,11 +61,6 @@ def test_searched_range_is_never_worse_than_the_full_one(scheme):
         assert (searched < full).all(), "heavy tails at 4 bits: clipping must have paid"
 
 
-def test_probabilities_become_whole_levels():
-    levels = affine.quantize_probability(torch.tensor([0.0, 0.5, 1.0]), 8)
-    assert levels.tolist() == [0, 128, 255]  # 127.5 rounds half to even
-
-
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -7,7 +7,7 @@ from torch import nn
 
 import diffusers_dq as dq
 from diffusers_dq.calibration import _Recorder
-from diffusers_dq.denoise import TimestepArgument, denoiser
+from diffusers_dq.denoise import TimestepArgument, denoiser, watching_timestep
 
 STEPS = 5
 
@@ -190,7 +190,7 @@ def test_activations_that_are_no_numbers_name_module_and_step(value):
 def test_arguments_are_checked_before_anything_runs():
     pipe = tiny_pipeline()
     with pytest.raises(TypeError, match=r"calls\[1\].*'prompt'.*DiTPipeline takes: class_labels"):
-        calibrate(pipe, [CALLS[0], dict(prompt="a cat")])
+        calibrate(pipe, [CALLS[0], dict(class_labels=[1], prompt="a cat")])
     with pytest.raises(ValueError, match="non-empty list of dicts"):
         calibrate(pipe, CALLS[0])
     with pytest.raises(ValueError, match="non-empty list"):
@@ -268,3 +268,99 @@ def test_another_scheduler_visits_other_timesteps():
     pipe = tiny_pipeline()
     pipe.scheduler = DDIMScheduler(timestep_spacing="trailing")
     assert not torch.equal(calibrate(pipe).timesteps, calibrate().timesteps)
+
+
+class RisingTimesteps(type(tiny_pipeline())):
+    """Noise at timestep 0, data at 999, as Lumina and Z-Image count."""
+
+    def __call__(self, class_labels, generator=None, num_inference_steps=5, schedule=None, return_dict=True):
+        latents = torch.randn(1, 4, 8, 8, generator=generator)
+        for t in schedule or [i * 1000 // num_inference_steps for i in range(num_inference_steps)]:
+            latents = self.transformer(latents, torch.tensor([t]), torch.tensor(class_labels)).sample
+        return (latents,)
+
+
+def rising(pipe):
+    return RisingTimesteps(pipe.transformer, pipe.vae, pipe.scheduler)
+
+
+def test_rising_timesteps_are_kept_in_the_order_of_denoising_and_select_the_same_group():
+    pipe = tiny_pipeline()
+    statistics = dq.calibrate(rising(pipe), [dict(class_labels=[3])], num_inference_steps=10, progress=False)
+    assert not statistics.descending
+    assert statistics.timesteps.tolist() == [i * 100 for i in range(10)]
+    dq.quantize(pipe, dq.DQConfig("htg", groups=2), statistics=statistics, progress=False)
+    model = pipe.transformer
+    latents, label = torch.randn(1, 4, 8, 8), torch.tensor([3])
+    groups = []
+    for t in (0, 900):
+        model(latents, torch.tensor([t]), label)
+        groups.append(int(model.timestep_groups.index.max()))
+    assert groups == [0, 1]
+    model.timestep_groups.select(model.timestep_boundaries, torch.tensor([0, 999]), descending=False)
+    assert int(model.timestep_groups.index.max()) == 0, "the noisiest token decides"
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_calls_of_different_schedules_are_merged_in_the_order_of_denoising(reverse):
+    schedules = [[0, 400, 800], [100, 500, 900]]
+    calls = [dict(class_labels=[3], schedule=schedule) for schedule in schedules]
+    pipe = rising(tiny_pipeline())
+    statistics = dq.calibrate(pipe, calls[:: -1 if reverse else 1], num_inference_steps=3, progress=False)
+    assert statistics.timesteps.tolist() == [0, 100, 400, 500, 800, 900]
+    for site in statistics.sites.values():
+        assert len(site.minimum) == 6
+
+
+def test_of_many_timesteps_in_a_batch_the_noisiest_counts():
+    seen = []
+    model = tiny_dit()
+    with watching_timestep(model, seen.append):
+        model(torch.zeros(2, 4, 8, 8), torch.tensor([10, 700]), torch.tensor([1, 1]))
+    assert seen == [700]
+
+
+def test_a_checkpoint_knows_the_content_of_its_calls_and_the_schedulers_settings(tmp_path):
+    path = tmp_path / "run.safetensors"
+    pipe = rising(tiny_pipeline())
+    call = dict(class_labels=torch.tensor([3] * 100)[:1].repeat(1), schedule=None)
+    dq.calibrate(pipe, [call], num_inference_steps=3, checkpoint=path, progress=False)
+    other = dict(call, class_labels=torch.tensor([4]))
+    with pytest.raises(ValueError, match="another run: its arguments"):
+        dq.calibrate(pipe, [other], num_inference_steps=3, checkpoint=path, progress=False)
+    pipe.scheduler = DDIMScheduler(timestep_spacing="trailing")
+    with pytest.raises(ValueError, match="another run: its scheduler"):
+        dq.calibrate(pipe, [call], num_inference_steps=3, checkpoint=path, progress=False)
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_anything_runs(tmp_path):
+    pipe = tiny_pipeline()
+    pipe.transformer.register_forward_pre_hook(lambda *_: pytest.fail("it ran"))
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        calibrate(pipe, checkpoint=tmp_path / "nothing" / "run.safetensors")
+    with pytest.raises(IsADirectoryError, match="give the path of a file"):
+        calibrate(pipe, checkpoint=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(calls=[5]), "non-empty list of dicts"),
+        (dict(calls=[{}]), "missing a required argument: 'class_labels'"),
+        (dict(num_inference_steps=2.5), "num_inference_steps must be of type int; got 2.5"),
+        (dict(seed="a"), "seed must be of type int; got 'a'"),
+        (dict(pipe=tiny_dit()), "expected a diffusers pipeline, which makes the calls; got DiTTransformer2DModel"),
+    ],
+)
+def test_wrong_types_are_named(arguments, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        dq.calibrate(**{"pipe": tiny_pipeline(), "calls": CALLS, "num_inference_steps": 2, **arguments})
+
+
+def test_a_pipeline_with_two_denoisers_is_refused():
+    pipe = tiny_pipeline()
+    pipe.transformer_2 = pipe.transformer
+    with pytest.raises(ValueError, match="two denoisers, transformer and transformer_2"):
+        calibrate(pipe)
+    with pytest.raises(ValueError, match="two denoisers"):
+        dq.quantize(pipe, dq.DQConfig("rtn"))

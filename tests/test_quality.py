@@ -74,7 +74,7 @@ def test_without_rounding_the_images_are_those_of_full_precision(plain):
 
 @pytest.mark.slow
 def test_htg_on_the_trained_model(plain):
-    assert plain.psnr(**HTG, weight_bits=8) >= 40
+    assert plain.psnr(**HTG, weight_bits=8) >= 47  # the bar is 40; 49.6 and 50.7 were reached
     assert plain.psnr(**HTG, weight_bits=4) >= plain.psnr(**RTN, weight_bits=4) + 2
 
 

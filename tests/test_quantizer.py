@@ -179,14 +179,22 @@ def test_shards_may_be_read_in_parallel(saved, quantized, dit_folder, run_dit, t
 
 
 @pytest.mark.parametrize("variant", ["rtn-w4a8", "htg-w8a8", "htg-w16a16", "htg-attention"])
-def test_a_bf16_model_comes_back_in_bf16(quantized, run_dit, tmp_path, variant):
+def test_a_bf16_model_comes_back_bit_by_bit(quantized, run_dit, tmp_path, variant):
     pipe = quantized(variant, torch.bfloat16)
     outputs, images = run_dit(pipe.transformer), generate(pipe)
     pipe.save_pretrained(tmp_path)
-    again = load(tmp_path)
+    again = load(tmp_path, torch_dtype=torch.bfloat16)
     assert again.dtype == torch.bfloat16
     assert torch.equal(run_dit(again), outputs)
     assert torch.equal(generate(DiTPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)), images)
+
+
+@pytest.mark.parametrize("variant", ["rtn-w8a8", "htg-w4a8", "htg-w16a16"])
+def test_without_a_dtype_every_part_of_a_bf16_pipeline_comes_back_in_fp32(quantized, tmp_path, variant):
+    quantized(variant, torch.bfloat16).save_pretrained(tmp_path)
+    pipe = DiTPipeline.from_pretrained(tmp_path)
+    assert pipe.transformer.dtype == pipe.vae.dtype == torch.float32
+    assert torch.isfinite(generate(pipe)).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
@@ -199,7 +207,7 @@ def test_loading_in_another_dtype_leaves_the_tables_exact(quantized, run_dit, tm
     assert {p.dtype for p in other.parameters() if p.is_floating_point()} == {dtype}
     assert all(torch.equal(other.state_dict()[name].float(), tensor.float()) for name, tensor in tables.items())
     other.save_pretrained(tmp_path / "second" / "transformer")
-    again = load(tmp_path / "second")
+    again = load(tmp_path / "second", torch_dtype=dtype)
     assert again.dtype == dtype
     assert torch.equal(run_dit(again), run_dit(other))
 
@@ -217,7 +225,7 @@ def test_tables_of_a_bf16_model_are_fp32_in_the_file(quantized, tmp_path):
 def test_an_fp64_model_keeps_fp64_tables(quantized, run_dit, tmp_path):
     model = quantized("htg-w16a16", torch.float64).transformer
     model.save_pretrained(tmp_path / "transformer")
-    again = load(tmp_path)
+    again = load(tmp_path, torch_dtype=torch.float64)
     assert again.state_dict()[f"{LINEAR}.bias_groups"].dtype == torch.float64
     assert torch.equal(run_dit(again), run_dit(model))
 
@@ -562,7 +570,7 @@ def test_a_single_file_is_quantized_while_loading_and_saved(from_single_file, ru
     model = from_single_file(VARIANTS["rtn-w4a8"], torch_dtype=dtype)
     assert any(isinstance(module, QuantizedLinear) for module in model.modules())
     model.save_pretrained(tmp_path / "quantized")
-    again = FluxTransformer2DModel.from_pretrained(tmp_path / "quantized")
+    again = FluxTransformer2DModel.from_pretrained(tmp_path / "quantized", torch_dtype=dtype)
     assert again.dtype == model.dtype == dtype
     assert torch.equal(run_flux(again), run_flux(model))
 

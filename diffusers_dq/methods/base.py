@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from diffusers_dq.affine import RangeSearch
+from diffusers_dq.checks import check_fields
 from diffusers_dq.registry import Registry
 from diffusers_dq.scheme import QuantScheme
 from diffusers_dq.statistics import SiteStatistics
@@ -47,10 +48,18 @@ class Solution:
     chains: Mapping[str, Chain]
 
 
+@dataclass(frozen=True, kw_only=True)
+class MethodOptions:
+    """Base of a method's options: each field is checked against its annotation."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
 class Method(ABC):
     """Subclasses set `Options` (a frozen keyword-only dataclass) and `summary`, and register under their name."""
 
-    Options: ClassVar[type]
+    Options: ClassVar[type[MethodOptions]]
     summary: ClassVar[str]
 
     def __init__(self, options: Any) -> None:

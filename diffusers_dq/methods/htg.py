@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from diffusers_dq.affine import RangeSearch
-from diffusers_dq.methods.base import METHODS, Method, Site, Solution
+from diffusers_dq.methods.base import METHODS, Method, MethodOptions, Site, Solution
 from diffusers_dq.scheme import QuantScheme
 from diffusers_dq.timesteps import Boundaries, Linkage, boundaries_of, group_of, partition
 from diffusers_dq.transforms import Chain, Scale, Shift
 
 
 @dataclass(frozen=True, kw_only=True)
-class HTGOptions:
+class HTGOptions(MethodOptions):
     """groups: G; None is the paper's floor(T / 10), at least 1.
     linkage: how steps are grouped: "optimal" (exact, by dynamic programming) or the paper's Algorithm 1 with "ward",
         "average" or "centroid" distance.
@@ -50,28 +50,18 @@ class HTGOptions:
     online: bool | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.groups is not None and self.groups < 1:
             raise ValueError(f"groups must be at least 1, got {self.groups}")
         if not 0 <= self.ema <= 1:
             raise ValueError(f"ema must be between 0 and 1, got {self.ema}")
         if self.ema_steps is not None and self.ema_steps < 1:
             raise ValueError(f"ema_steps must be at least 1 or None, got {self.ema_steps}")
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
-
-
-_CHOICES = {
-    "linkage": ("optimal", "ward", "average", "centroid"),
-    "scope": ("model", "layer"),
-    "ranges": ("model", "group"),
-    "search": ("output", "mse", "minmax"),
-}
 
 
 @METHODS.register("htg")
 class HTG(Method):
-    Options: ClassVar[type] = HTGOptions
+    Options: ClassVar[type[MethodOptions]] = HTGOptions
     summary = "hierarchical timestep grouping: static activations, shifted a timestep group and scaled a channel"
     options: HTGOptions
 

@@ -4,31 +4,38 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from diffusers_dq.methods.base import METHODS, Method
+from diffusers_dq.methods.base import METHODS, Method, MethodOptions
 from diffusers_dq.scheme import QuantScheme
 
 
 @dataclass(frozen=True, kw_only=True)
-class RTNOptions:
+class RTNOptions(MethodOptions):
     """dynamic: activation scales found at run time; no calibration is needed then.
     granularity: "token" or "tensor", what shares an activation scale; None is "token" if dynamic, else "tensor".
+    output_correction: of static activations: let biases and weight scales take up the systematic rounding error.
     """
 
     dynamic: bool = True
     granularity: Literal["token", "tensor"] | None = None
+    output_correction: bool = False
 
     def __post_init__(self) -> None:
-        if self.granularity not in (None, "token", "tensor"):
-            raise ValueError(f"granularity must be 'token' or 'tensor', got {self.granularity!r}")
+        super().__post_init__()
         if self.granularity == "token" and not self.dynamic:
             raise ValueError("granularity='token' needs dynamic=True: a static scale cannot know the tokens to come")
+        if self.output_correction and self.dynamic:
+            raise ValueError("output_correction=True needs dynamic=False: it is worked out from statistics")
 
 
 @METHODS.register("rtn")
 class RTN(Method):
-    Options: ClassVar[type] = RTNOptions
+    Options: ClassVar[type[MethodOptions]] = RTNOptions
     summary = "round to nearest with min-max ranges; activations dynamic (no calibration) or static"
     options: RTNOptions
+
+    @property
+    def corrects_output(self) -> bool:
+        return self.options.output_correction
 
     @property
     def needs_statistics(self) -> bool:

@@ -92,6 +92,11 @@ class AttentionSite:
     key: str
     value: str
 
+    @property
+    def operands(self) -> tuple[str, str, str, str]:
+        """Names of the statistics of query, key, value and probabilities."""
+        return f"{self.query}:output", f"{self.key}:output", f"{self.value}:output", f"{self.module}:probabilities"
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:

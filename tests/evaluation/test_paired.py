@@ -201,7 +201,7 @@ def test_what_cannot_be_compared_is_refused(reference: DiTPipeline, quantized: D
     with pytest.raises(ValueError, match="non-empty list"):
         check(reference, quantized, [])
     with pytest.raises(TypeError, match=r"calls\[0\].*prompt"):
-        check(reference, quantized, [dict(prompt="a cat")])
+        check(reference, quantized, [dict(class_labels=[1], prompt="a cat")])
     with pytest.raises(ValueError, match=r"calls\[0\] sets generator"):
         check(reference, quantized, [dict(class_labels=[1], generator=torch.Generator())])
     with pytest.raises(ValueError, match="at least 1, got 0"):
