@@ -11,14 +11,16 @@ from diffusers import AutoModel
 from torch import nn
 
 import diffusers_dq_kernels as ops
+from diffusers_dq.attention import QuantizedAttnProcessor
 from diffusers_dq.denoise import denoiser
 from diffusers_dq.linear import LinearLayout, QuantizedLinear
 
 
 @dataclass(frozen=True)
 class LinearReport:
-    """One linear.   bits: as W4A8; granularity: of the activation scale; groups: rows of its tables of biases.
+    """One linear, or the two products of a quantized attention.
 
+    bits: as W4A8.   granularity: of the activation scale.   groups: rows of its largest table a timestep group.
     nbytes: of all its tensors in the file.   backend: the kernel that runs it on the device it is on.
     reason: why it is in full precision, takes a slow path or is transformed online; "" if nothing is to say.
     """
@@ -89,7 +91,10 @@ def inspect(model_or_path: Any) -> QuantizationReport:
 
 def _rows(model: nn.Module, notes: dict[str, str]) -> Iterator[LinearReport]:
     for name, module in model.named_modules():
-        if isinstance(module, QuantizedLinear):
+        processor = getattr(module, "processor", None)
+        if isinstance(processor, QuantizedAttnProcessor):
+            yield _attention_row(name, module, processor)
+        elif isinstance(module, QuantizedLinear):
             yield _quantized_row(name, module, notes.get(name, ""))
         elif isinstance(module, nn.Linear):
             nbytes = sum(p.nbytes for p in module.parameters())
@@ -109,6 +114,12 @@ def _quantized_row(name: str, module: QuantizedLinear, note: str) -> LinearRepor
         backend=backend,
         reason="; ".join(part for part in (note, slow) if part),
     )
+
+
+def _attention_row(name: str, module: nn.Module, processor: QuantizedAttnProcessor) -> LinearReport:
+    nbytes = sum(tensor.nbytes for tensor in module.buffers(recurse=False))
+    slow = "QK^T and AV: exact integers as fp32 numbers, slower than a fused attention kernel"
+    return LinearReport(name, f"A{processor.bits}", "static, a tensor", 1, nbytes, "torch", slow)
 
 
 def _granularity(layout: LinearLayout) -> str:

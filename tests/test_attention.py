@@ -74,6 +74,7 @@ def test_the_value_projection_no_longer_carries_the_shift_of_the_output_projecti
     assert attn.to_out[0].input_shift is not None
     notes = {row.name: row.reason for row in report.linears}
     assert "do not sum to one" in notes["transformer_blocks.0.attn1.to_out.0"]
+    assert "slower than a fused attention kernel" in notes["transformer_blocks.0.attn1"]
 
 
 def test_what_it_needs_is_said():

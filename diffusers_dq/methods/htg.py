@@ -34,7 +34,8 @@ class HTGOptions(MethodOptions):
         unequal; or "minmax".
     output_correction: let the grouped bias take up the mean error that rounding and clipping leave in an output, and
         the weight scales the shrinkage. Not in the paper; it costs nothing at run time. search="mse" with
-        output_correction=False is the paper to the letter.
+        output_correction=False is what the paper describes; with linkage="ward", scope="layer", ema_steps=None and
+        quantize_attention=True beside it, to the letter.
     online: also transform inputs that nothing upstream can carry (fc2), in the quantize step; None does so only for
         an architecture of which no producer is known.
     """

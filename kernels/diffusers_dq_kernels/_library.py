@@ -43,7 +43,7 @@ def define_op(
 ) -> Callable[..., Any]:
     """Register `diffusers_dq::<schema>` and return its overload, which is called like a function.
 
-    reference: plain torch, any device.   cpu: the quick CPU form.   triton: the launcher for CUDA tensors.
+    reference: plain torch, any device with fp64.   cpu: the quick CPU form.   triton: the launcher for CUDA tensors.
     fake: shapes and dtypes only, for torch.compile.   cpu_caveat: why `cpu` is slow on this machine, or None.
     """
     name = schema.partition("(")[0]
