@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the planner decides, against brute force on the tensors that the statistics were taken of."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -8,13 +10,14 @@ from support import CALLS, tiny_dit, tiny_pipeline
 from torch import nn
 
 import diffusers_dq as dq
+import diffusers_dq_kernels as ops
 from diffusers_dq import affine
 from diffusers_dq.config import DQConfig
 from diffusers_dq.linear import QuantizedLinear
 from diffusers_dq.planning import make_plan, static_range
 from diffusers_dq.scheme import QuantScheme
 from diffusers_dq.specs import spec_of
-from diffusers_dq.statistics import SiteStatistics
+from diffusers_dq.statistics import SiteStatistics, fingerprint_of
 from diffusers_dq.timesteps import group_of
 from diffusers_dq.transforms import Chain
 
@@ -68,9 +71,8 @@ def test_the_scale_of_a_group_balances_the_largest_weight_of_all_its_linears(sta
     with torch.no_grad():
         model.get_submodule(names[1]).weight[0, 5] = 7.0  # a key's, which q alone does not show
     spec, settings = spec_of(model), DQConfig("htg", groups=1, ema=0.0)
-    object.__setattr__(statistics, "fingerprint", dq.statistics.fingerprint_of(model))
-    chain = make_plan(model, spec, settings.make_method(), settings, statistics).linears[names[0]].chain
-    object.__setattr__(statistics, "fingerprint", dq.statistics.fingerprint_of(tiny_dit()))
+    of_this_model = replace(statistics, fingerprint=fingerprint_of(model))
+    chain = make_plan(model, spec, settings.make_method(), settings, of_this_model).linears[names[0]].chain
     shift, scale = chain.transforms
     site = statistics.sites[names[0]]
     m = torch.maximum(site.maximum[-1] - shift.z[0], shift.z[0] - site.minimum[-1])
@@ -80,29 +82,17 @@ def test_the_scale_of_a_group_balances_the_largest_weight_of_all_its_linears(sta
 @pytest.mark.parametrize("bits", [4, 5, 6, 8])
 @pytest.mark.parametrize("dynamic", [True, False])
 @torch.no_grad()
-def test_activation_bits_are_the_number_of_levels(statistics, bits, dynamic):
+def test_activation_bits_are_the_number_of_levels(statistics, monkeypatch, bits, dynamic):
     pipe = tiny_pipeline()
     config = DQConfig("rtn", activation_bits=bits, dynamic=dynamic)
     dq.quantize(pipe, config, statistics=statistics, progress=False)
     layer = pipe.transformer.get_submodule("transformer_blocks.0.ff.net.2")
     seen = []
-
-    def record(*args):
-        seen.append(args)
-        return original(*args)
-
-    import diffusers_dq_kernels as ops
-
     name = "quantize_dynamic" if dynamic else "quantize_static"
     original = getattr(ops, name)
-    setattr(ops, name, record)
-    try:
-        x = torch.randn(2, 40, layer.in_features) * 5
-        layer(x)
-        quantized = original(*seen[0])
-    finally:
-        setattr(ops, name, original)
-    q = quantized[0] if dynamic else quantized
+    monkeypatch.setattr(ops, name, lambda *arguments: seen.append(original(*arguments)) or seen[-1])
+    layer(torch.randn(2, 40, layer.in_features) * 5)
+    q = seen[0][0] if dynamic else seen[0]
     limit = 2 ** (bits - 1)
     assert q.max() == limit - 1
     assert q.min() >= -limit

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DiTPipeline
+from diffusers import DiTPipeline, DPMSolverMultistepScheduler
 from support import tiny_pipeline
 
 import diffusers_dq as dq
@@ -76,6 +76,20 @@ def test_without_rounding_the_images_are_those_of_full_precision(plain):
 def test_htg_on_the_trained_model(plain):
     assert plain.psnr(**HTG, weight_bits=8) >= 47  # the bar is 40; 49.6 and 50.7 were reached
     assert plain.psnr(**HTG, weight_bits=4) >= plain.psnr(**RTN, weight_bits=4) + 2
+
+
+@pytest.mark.slow
+def test_what_was_calibrated_serves_another_scheduler_and_number_of_steps(plain):
+    def dpm(pipe: DiTPipeline) -> torch.Tensor:
+        pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+        return images(pipe, 20)
+
+    pipe = load()
+    reference = dpm(pipe)
+    dq.quantize(pipe, dq.DQConfig(**HTG), statistics=plain.statistics, progress=False)
+    value = float(psnr(reference, dpm(pipe)).mean())
+    print(f"\ncalibrated at {plain.steps} DDIM steps, 20 DPM-Solver steps: W8A8 {value:.2f} dB")
+    assert value >= 45  # 40 is the bar with the calibrated schedule itself
 
 
 @pytest.mark.slow
