@@ -42,7 +42,7 @@ def calibrate(
         it raises ValueError when the file belongs to another run.
 
     Memory: for each activation of K channels, 24 S K bytes of RAM (fp32 minimum and maximum, 8 tokens in bf16), and as
-    much again while the result, or a checkpoint, is put together: 0.85 GB and 1.7 GB for DiT-XL/2 at 100 steps. It
+    much again while the result, or a checkpoint, is put together: 0.87 GB and 1.7 GB for DiT-XL/2 at 100 steps. It
     does not grow with batch, tokens, or calls of one schedule. Every hook is removed at the end, also after an
     exception or Ctrl-C.
 
