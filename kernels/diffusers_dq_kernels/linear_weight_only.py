@@ -182,20 +182,7 @@ def _linear_w8a16_triton(
     if x.dtype == torch.float64:
         announce("linear_w8a16", _NO_FP64)
         return linear_w8a16_reference(x, weight, weight_scale, bias, group)
-    return launch(
-        "linear_w8a16",
-        _linear_weight_only_kernel,
-        _tiles(x.dtype),
-        x,
-        weight,
-        weight_scale,
-        None,
-        None,
-        None,
-        bias,
-        group,
-        x.dtype,
-    )
+    return _launch("linear_w8a16", x, weight, weight_scale, bias, group)
 
 
 def _linear_w4a16_triton(
@@ -205,20 +192,15 @@ def _linear_w4a16_triton(
     if x.dtype == torch.float64:
         announce("linear_w4a16", _NO_FP64)
         return linear_w4a16_reference(x, weight, weight_scale, bias, group)
-    return launch(
-        "linear_w4a16",
-        _linear_weight_only_kernel,
-        _tiles(x.dtype),
-        x,
-        weight,
-        weight_scale,
-        None,
-        None,
-        None,
-        bias,
-        group,
-        x.dtype,
-    )
+    return _launch("linear_w4a16", x, weight, weight_scale, bias, group)
+
+
+def _launch(
+    op_name: str, x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, group: Tensor
+) -> Tensor:
+    """Without weight sums, input scales and zero points: the input is not rounded."""
+    tiles, kernel = _tiles(x.dtype), _linear_weight_only_kernel
+    return launch(op_name, kernel, tiles, x, weight, weight_scale, None, None, None, bias, group, x.dtype)
 
 
 def _tiles(dtype: torch.dtype) -> TileTable:
