@@ -39,12 +39,14 @@ def define_op(
     fake: Callable[..., Any],
     cpu: Callable[..., Any] | None = None,
     triton: Callable[..., Any] | None = None,
+    compiled: Callable[..., Any] | None = None,
     cpu_caveat: Callable[[], str | None] | None = None,
 ) -> Callable[..., Any]:
-    """Register `diffusers_dq::<schema>` and return its overload, which is called like a function.
+    """Register `diffusers_dq::<schema>`; returns the function that calls it, whose `op` is the overload itself.
 
     reference: plain torch, any device with fp64.   cpu: the quick CPU form.   triton: the launcher for CUDA tensors.
-    fake: shapes and dtypes only, for torch.compile.   cpu_caveat: why `cpu` is slow on this machine, or None.
+    fake: shapes and dtypes only, for torch.compile.   compiled: what torch.compile traces in place of the opaque op,
+    so that Inductor fuses it with what is around.   cpu_caveat: why `cpu` is slow on this machine, or None.
     """
     name = schema.partition("(")[0]
     _FORMS[name] = _Forms(cpu, triton, cpu_caveat)
@@ -55,9 +57,18 @@ def define_op(
     if triton is not None and _triton.MISSING is None:
         _LIBRARY.impl(name, triton, "CUDA")
     torch.library.register_fake(f"diffusers_dq::{name}", fake, lib=_LIBRARY)
-    op: Callable[..., Any] = getattr(torch.ops.diffusers_dq, name).default
-    op.__doc__ = reference.__doc__
-    return op
+    return _entry(getattr(torch.ops.diffusers_dq, name).default, reference, compiled)
+
+
+def _entry(
+    op: Callable[..., Any], reference: Callable[..., Any], compiled: Callable[..., Any] | None
+) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        return compiled(*args) if compiled is not None and torch.compiler.is_compiling() else op(*args)
+
+    call.__doc__ = reference.__doc__
+    call.op = op  # type: ignore[attr-defined]
+    return call
 
 
 def backend(op_name: str, device_type: str) -> tuple[str, str | None]:

@@ -303,6 +303,7 @@ quantize_static = define_op(
     fake=_quantize_static_fake,
     cpu=_quantize_static_cpu,
     triton=_quantize_static_triton,
+    compiled=quantize_static_reference,
 )
 
 quantize_dynamic = define_op(
@@ -311,4 +312,5 @@ quantize_dynamic = define_op(
     fake=_quantize_dynamic_fake,
     cpu=_quantize_dynamic_cpu,
     triton=_quantize_dynamic_triton,
+    compiled=quantize_dynamic_reference,
 )

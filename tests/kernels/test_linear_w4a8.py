@@ -111,8 +111,8 @@ def test_neighbours_in_memory_are_neither_read_nor_written(every_form: EveryForm
 
 def test_opcheck() -> None:
     p = problem(2, 3, 20, n=9)
-    torch.library.opcheck(linear_w4a8_static, arguments(p, STATIC, torch.float32))
-    torch.library.opcheck(linear_w4a8_dynamic, arguments(p, DYNAMIC, torch.int32))
+    torch.library.opcheck(linear_w4a8_static.op, arguments(p, STATIC, torch.float32))
+    torch.library.opcheck(linear_w4a8_dynamic.op, arguments(p, DYNAMIC, torch.int32))
 
 
 def test_a_new_group_does_not_recompile() -> None:

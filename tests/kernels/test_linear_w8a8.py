@@ -168,8 +168,8 @@ def test_neighbours_in_memory_are_neither_read_nor_written(every_form: EveryForm
 def test_opcheck() -> None:
     p = problem(2, 3, 20, n=9)
     for out_dtype in (torch.float32, torch.int32):
-        torch.library.opcheck(linear_w8a8_static, p.static(out_dtype))
-        torch.library.opcheck(linear_w8a8_dynamic, p.dynamic(out_dtype))
+        torch.library.opcheck(linear_w8a8_static.op, p.static(out_dtype))
+        torch.library.opcheck(linear_w8a8_dynamic.op, p.dynamic(out_dtype))
 
 
 def test_a_new_group_does_not_recompile() -> None:

@@ -113,10 +113,10 @@ def test_neighbours_in_memory_are_neither_read_nor_written(
 
 def test_opcheck() -> None:
     for op, bits in ((linear_w8a16, 8), (linear_w4a16, 4)):
-        torch.library.opcheck(op, problem(2, 3, 20, n=9, bits=bits, dtype=torch.float32))
+        torch.library.opcheck(op.op, problem(2, 3, 20, n=9, bits=bits, dtype=torch.float32))
         x, weight, scale, bias, group = problem(4, 32, n=16, bits=bits, dtype=torch.bfloat16)
-        torch.library.opcheck(op, (x, weight, scale, bias[0], group))
-        torch.library.opcheck(op, (x, weight, scale, None, group))
+        torch.library.opcheck(op.op, (x, weight, scale, bias[0], group))
+        torch.library.opcheck(op.op, (x, weight, scale, None, group))
 
 
 def test_a_new_group_does_not_recompile() -> None:

@@ -173,9 +173,9 @@ def test_opcheck() -> None:
     scale, zero_point, group, shift, inv_smooth = tables(6, 3, 0)
     x = torch.randn(2, 3, 6)
     for arguments in ((scale, zero_point, group, shift, inv_smooth, 8), (scale[:1], zero_point, group, None, None, 4)):
-        torch.library.opcheck(quantize_static, (x, *arguments))
-    torch.library.opcheck(quantize_dynamic, (x, group, shift, inv_smooth, 8))
-    torch.library.opcheck(quantize_dynamic, (x, group, None, None, 4))
+        torch.library.opcheck(quantize_static.op, (x, *arguments))
+    torch.library.opcheck(quantize_dynamic.op, (x, group, shift, inv_smooth, 8))
+    torch.library.opcheck(quantize_dynamic.op, (x, group, None, None, 4))
 
 
 def test_a_new_group_does_not_recompile() -> None:
