@@ -6,7 +6,7 @@ Shapes: N out_features, K in_features, G timestep groups. The names of its tenso
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +83,13 @@ class LinearLayout:
     def to_dict(self) -> dict[str, Any]:
         """Only what differs from the defaults: config.json holds one a linear."""
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+
+
+class RoundedInput(NamedTuple):
+    """integers: [..., K] int8.   scale: [...] fp32, one a token; None where the layer's own static one applies."""
+
+    integers: Tensor
+    scale: Tensor | None
 
 
 class QuantizedLinear(nn.Linear):
@@ -164,14 +171,13 @@ class QuantizedLinear(nn.Linear):
             self.weight_sum = self.integer_weight().sum(dim=1, dtype=torch.int32)
 
     def forward(self, x: Tensor) -> Tensor:
-        group = self.groups.index.narrow(0, self.layout.partition, 1).to(x.device)
+        group = self._group(x.device)
         if not self.layout.rounds_input:
-            return self._weight_only(self._transform(x, group), group)
-        if not self.layout.dynamic:
-            return self._static(x, group)
-        if self.layout.per_token:
-            return self._per_token(x, group)
-        return self._per_tensor(x, group)
+            return self._unrounded(self._transform(x, group), group)
+        return self._product(self._round(x, group), group, x.dtype)
+
+    def _group(self, device: torch.device) -> Tensor:
+        return self.groups.index.narrow(0, self.layout.partition, 1).to(device)
 
     def _row(self, table: Tensor, group: Tensor) -> Tensor:
         return table[0] if len(table) == 1 else table.index_select(0, group).squeeze(0)
@@ -190,7 +196,7 @@ class QuantizedLinear(nn.Linear):
     def _bias(self) -> Tensor | None:
         return self.bias if self.bias_groups is None else self.bias_groups
 
-    def _weight_only(self, x: Tensor, group: Tensor) -> Tensor:
+    def _unrounded(self, x: Tensor, group: Tensor) -> Tensor:
         if self.layout.rounds_weight:
             product = ops.linear_w4a16 if self.layout.weight_bits == 4 else ops.linear_w8a16
             return product(x, self.weight, self.weight_scale, self._bias(), group)
@@ -198,43 +204,37 @@ class QuantizedLinear(nn.Linear):
             return F.linear(x, self.weight, self.bias)
         return F.linear(x, self.weight) + self._row(self.bias_groups, group).to(x.dtype)
 
-    def _static(self, x: Tensor, group: Tensor) -> Tensor:
-        xq = ops.quantize_static(
-            x,
-            self.input_scale,
-            self.input_zero_point,
-            group,
-            self.input_shift,
-            self.input_inv_smooth,
-            self.layout.activation_bits,
-        )
-        return self._static_product(xq, self.input_scale, self.input_zero_point, group, x.dtype)
+    def _round(self, x: Tensor, group: Tensor) -> RoundedInput:
+        bits, transform = self.layout.activation_bits, (self.input_shift, self.input_inv_smooth)
+        if self.layout.static:
+            integers = ops.quantize_static(x, self.input_scale, self.input_zero_point, group, *transform, bits)
+            return RoundedInput(integers, None)
+        if self.layout.per_token:
+            return RoundedInput(*ops.quantize_dynamic(x, group, *transform, bits))
+        return self._round_per_tensor(self._transform(x, group), group)
 
-    def _static_product(
-        self, xq: Tensor, scale: Tensor | None, zero_point: Tensor | None, group: Tensor, dtype: torch.dtype
-    ) -> Tensor:
-        product = ops.linear_w4a8_static if self.layout.weight_bits == 4 else ops.linear_w8a8_static
-        return product(
-            xq, self.weight, self.weight_scale, self.weight_sum, scale, zero_point, self._bias(), group, dtype
-        )
-
-    def _per_token(self, x: Tensor, group: Tensor) -> Tensor:
-        xq, scale = ops.quantize_dynamic(
-            x, group, self.input_shift, self.input_inv_smooth, self.layout.activation_bits
-        )
-        product = ops.linear_w4a8_dynamic if self.layout.weight_bits == 4 else ops.linear_w8a8_dynamic
-        return product(xq, self.weight, self.weight_scale, scale, self._bias(), group, x.dtype)
-
-    def _per_tensor(self, x: Tensor, group: Tensor) -> Tensor:
-        """One scale for the whole input, found now: a per-token product whose tokens agree."""
-        u = self._transform(x, group)
+    def _round_per_tensor(self, u: Tensor, group: Tensor) -> RoundedInput:
+        """One scale for the whole input, found now: as if every token had found the same."""
         qmax = (1 << (self.layout.activation_bits - 1)) - 1
         scale = (u.abs().amax().float() / qmax).clamp(min=torch.finfo(torch.float32).tiny).reshape(1)
-        zero_point = torch.zeros(1, dtype=torch.int32, device=x.device)
-        xq = ops.quantize_static(u, scale, zero_point, group, None, None, self.layout.activation_bits)
-        product = ops.linear_w4a8_dynamic if self.layout.weight_bits == 4 else ops.linear_w8a8_dynamic
-        tokens = scale.expand(xq.shape[:-1])
-        return product(xq, self.weight, self.weight_scale, tokens, self._bias(), group, x.dtype)
+        zero_point = torch.zeros(1, dtype=torch.int32, device=u.device)
+        integers = ops.quantize_static(u, scale, zero_point, group, None, None, self.layout.activation_bits)
+        return RoundedInput(integers, scale.expand(u.shape[:-1]))
+
+    def _product(self, rounded: RoundedInput, group: Tensor, dtype: torch.dtype) -> Tensor:
+        product = ops.linear_w4a8 if self.layout.weight_bits == 4 else ops.linear_w8a8
+        static = rounded.scale is None
+        return product(
+            rounded.integers,
+            self.weight,
+            self.weight_scale,
+            self.input_scale if static else rounded.scale,
+            self.input_zero_point,
+            self.weight_sum,
+            self._bias(),
+            group,
+            dtype,
+        )
 
     def dequantized(self, dtype: torch.dtype) -> nn.Linear:
         """An ordinary linear of the same function, up to the rounding that has happened.

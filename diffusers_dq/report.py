@@ -134,7 +134,7 @@ def op_of(layout: LinearLayout) -> str | None:
         return None
     if not layout.rounds_input:
         return f"linear_w{layout.weight_bits}a16"
-    return f"linear_w{layout.weight_bits}a8_{'dynamic' if layout.dynamic else 'static'}"
+    return f"linear_w{layout.weight_bits}a8"
 
 
 def backend_of(layout: LinearLayout, device: str) -> tuple[str, str]:

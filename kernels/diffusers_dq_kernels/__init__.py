@@ -5,20 +5,18 @@ Importing this registers `torch.ops.diffusers_dq.*`. It needs torch; Triton is o
 """
 
 from ._library import announce, backend
-from .linear_w4a8 import linear_w4a8_dynamic, linear_w4a8_static
-from .linear_w8a8 import linear_w8a8_dynamic, linear_w8a8_static
-from .linear_weight_only import linear_w4a16, linear_w8a16
+from .w4a8 import linear_w4a8
+from .w8a8 import linear_w8a8
+from .weight_only import linear_w4a16, linear_w8a16
 from .packing import pack_int4, unpack_int4
 from .quantize import quantize_dynamic, quantize_static
 
 __all__ = [
     "announce",
     "backend",
-    "linear_w4a8_dynamic",
-    "linear_w4a8_static",
+    "linear_w4a8",
     "linear_w4a16",
-    "linear_w8a8_dynamic",
-    "linear_w8a8_static",
+    "linear_w8a8",
     "linear_w8a16",
     "pack_int4",
     "quantize_dynamic",

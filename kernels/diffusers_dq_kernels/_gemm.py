@@ -1,11 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all quantized linears share: checks, tile tables, the order of tiles, the epilogue in its three forms.
-
-    y[m, n] = (acc[m, n] - zero_point[g] * weight_sum[n]) * (input_scale * weight_scale[n]) + bias[g, n]
-
-The input scale is one number for the current group g (static) or one a row (dynamic); acc is an exact integer.
-M rows, N out_features, K in_features, G timestep groups.
-"""
+"""What all matrix products share: tiles, the order of programs, the checks of operands, the launcher."""
 # mypy: disable-error-code="no-untyped-def"
 
 import functools
@@ -14,23 +8,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._arguments import FLOATS, expect, expect_group, expect_table, rows_of
+from ._arguments import expect, rows_of
+from ._epilogue import Epilogue
 from ._library import announce
-from ._tables import table_row, table_row_index
 from ._triton import jit, tl, triton
 
 __all__ = [
     "RAGGED",
     "Tile",
     "TileTable",
-    "bias_table",
-    "check_gemm",
+    "check_integer_operands",
     "check_weight",
-    "dequantize_cpu",
-    "dequantize_reference",
     "launch",
-    "linear_fake",
-    "store_dequantized",
     "tile_index",
     "tiles_for",
 ]
@@ -59,93 +48,20 @@ _GROUP_M = 8
 # Checks
 
 
-def check_gemm(
-    xq: Tensor,
-    weight: Tensor,
-    weight_dtype: torch.dtype,
-    weight_scale: Tensor,
-    weight_sum: Tensor | None,
-    input_scale: Tensor,
-    input_zero_point: Tensor | None,
-    bias: Tensor | None,
-    group: Tensor,
-    out_dtype: torch.dtype,
-) -> None:
-    """ValueError for what a kernel would read out of bounds or misread. Static when there is a zero point."""
+def check_integer_operands(xq: Tensor, weight: Tensor, weight_dtype: torch.dtype, epilogue: Epilogue) -> None:
+    """ValueError for what a kernel would read out of bounds or misread. uint8 weights hold two int4 a byte."""
     if xq.dtype != torch.int8 or xq.dim() == 0:
         raise ValueError(f"xq: expected int8 [..., K], got {xq.dtype} {list(xq.shape)}")
-    if out_dtype not in (*FLOATS, torch.int32):
-        raise ValueError(f"out_dtype: expected a floating-point type or torch.int32, got {out_dtype}")
-    check_weight(xq.shape[-1], weight, weight_dtype, weight_scale, bias, group)
-    if input_zero_point is None or weight_sum is None:
-        if input_scale.dtype != torch.float32 or input_scale.shape != xq.shape[:-1]:
-            given = f"{input_scale.dtype} {list(input_scale.shape)}"
-            raise ValueError(f"input_scale: expected torch.float32 {list(xq.shape[:-1])}, got {given}")
-        return
-    expect("weight_sum", weight_sum, (torch.int32,), (weight.shape[0],))
-    expect_table("input_scale", input_scale, (torch.float32,))
-    expect_table("input_zero_point", input_zero_point, (torch.int32,))
+    check_weight(xq.shape[-1], weight, weight_dtype)
+    epilogue.check(xq.shape[:-1], weight.shape[0])
 
 
-def check_weight(
-    k: int, weight: Tensor, weight_dtype: torch.dtype, weight_scale: Tensor, bias: Tensor | None, group: Tensor
-) -> None:
+def check_weight(k: int, weight: Tensor, weight_dtype: torch.dtype) -> None:
     """int8 weights are [N, K], uint8 ones hold two values a byte: [N, K / 2]."""
     packed = weight_dtype == torch.uint8
     if packed and k % 2:
         raise ValueError(f"weight: int4 needs an even K, got K = {k}")
     expect("weight", weight, (weight_dtype,), ("N", k // 2 if packed else k))
-    expect("weight_scale", weight_scale, (torch.float32,), (weight.shape[0],))
-    expect_group(group)
-    rows = bias_table(bias)
-    if rows is not None:
-        expect_table("bias", rows, FLOATS, (weight.shape[0],))
-
-
-def bias_table(bias: Tensor | None) -> Tensor | None:
-    """[N] or [G, N] as [G, N]."""
-    return bias[None] if bias is not None and bias.dim() == 1 else bias
-
-
-# Epilogue in plain torch
-
-
-def dequantize_reference(
-    acc: Tensor,
-    weight_scale: Tensor,
-    input_scale: Tensor,
-    bias: Tensor | None,
-    group: Tensor,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    """acc: [..., N] fp64, integers, zero point already out.   input_scale: [..., 1] or [1].   Returns [..., N]."""
-    if out_dtype == torch.int32:
-        return acc.to(torch.int32)
-    y = acc * input_scale.double() * weight_scale.double()
-    rows = bias_table(bias)
-    return (y if rows is None else y + table_row(rows, group)[0]).to(out_dtype)
-
-
-def dequantize_cpu(
-    acc: Tensor,
-    weight_scale: Tensor,
-    input_scale: Tensor,
-    bias: Tensor | None,
-    group: Tensor,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    """The same from int32 in fp32, in place on one buffer."""
-    if out_dtype == torch.int32:
-        return acc
-    y = acc.to(torch.float32)
-    if input_scale.numel() == 1:
-        y.mul_(input_scale.reshape(1) * weight_scale)
-    else:
-        y.mul_(input_scale).mul_(weight_scale)
-    rows = bias_table(bias)
-    if rows is not None:
-        y.add_(table_row(rows, group)[0])
-    return y.to(out_dtype)
 
 
 # Kernel parts
@@ -162,46 +78,6 @@ def tile_index(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.c
     return first_m + within % group_m, within // group_m
 
 
-@jit()
-def store_dequantized(
-    acc,
-    m,
-    n,
-    y_ptr,
-    weight_scale_ptr,
-    weight_sum_ptr,
-    input_scale_ptr,
-    zero_point_ptr,
-    bias_ptr,
-    group_ptr,
-    M,
-    N,
-    scale_groups,
-    zero_point_groups,
-    bias_groups,
-):
-    """Finish one tile and store it. m, n: row and column of each element, in any two shapes that broadcast to acc's.
-
-    With a zero point the input scale is a table over groups; without one it is [M]; None means no input scale.
-    """
-    if zero_point_ptr is not None:
-        zero_point = tl.load(zero_point_ptr + table_row_index(group_ptr, zero_point_groups))
-        acc -= zero_point * tl.load(weight_sum_ptr + n, mask=n < N, other=0)
-    if y_ptr.dtype.element_ty == tl.int32:
-        y = acc
-    else:
-        scale = tl.load(weight_scale_ptr + n, mask=n < N, other=0.0)
-        if zero_point_ptr is not None:
-            scale *= tl.load(input_scale_ptr + table_row_index(group_ptr, scale_groups))
-        y = acc.to(tl.float32) * scale
-        if input_scale_ptr is not None and zero_point_ptr is None:
-            y *= tl.load(input_scale_ptr + m, mask=m < M, other=0.0)
-        if bias_ptr is not None:
-            bias_ptr += table_row_index(group_ptr, bias_groups) * N
-            y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
-    tl.store(y_ptr + m.to(tl.int64) * N + n, y.to(y_ptr.dtype.element_ty), mask=(m < M) & (n < N))
-
-
 # Launcher
 
 
@@ -211,21 +87,19 @@ def launch(
     tiles: TileTable,
     x: Tensor,
     weight: Tensor,
-    weight_scale: Tensor,
-    weight_sum: Tensor | None,
-    input_scale: Tensor | None,
-    input_zero_point: Tensor | None,
-    bias: Tensor | None,
-    group: Tensor,
-    out_dtype: torch.dtype,
+    epilogue: Epilogue,
+    extra: tuple[Any, ...] = (),
+    largest_block_k: int | None = None,
 ) -> Tensor:
-    """Run one of the linear kernels: they take the same arguments in the same order.   Returns [..., N]."""
+    """Run one of the kernels: they take the same arguments, and some of them `extra` ones.   Returns [..., N].
+
+    largest_block_k: of a product that has to change something every so many columns.
+    """
     rows = rows_of(x)
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
-    bias = bias_table(bias)
     M, K = rows.shape
     N = weight.shape[0]
-    y = torch.empty((*x.shape[:-1], N), dtype=out_dtype, device=x.device)
+    y = torch.empty((*x.shape[:-1], N), dtype=epilogue.out_dtype, device=x.device)
     if y.numel() == 0:
         return y
     if _is_aligned(rows) and _is_aligned(weight):
@@ -233,30 +107,26 @@ def launch(
     else:
         announce(op_name, "K or a stride is not a multiple of 16: loads of single bytes, slower")
         tile = RAGGED
+    if largest_block_k is not None:
+        tile = tile._replace(block_k=min(tile.block_k, largest_block_k))
     with torch.cuda.device_of(x):
         kernel[(triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n),)](
             rows,
             weight,
             y,
-            weight_scale.contiguous(),
-            None if weight_sum is None else weight_sum.contiguous(),
-            None if input_scale is None else input_scale.contiguous(),
-            None if input_zero_point is None else input_zero_point.contiguous(),
-            None if bias is None else bias.contiguous(),
-            group,
+            epilogue.for_kernel(M, N),
             M,
             N,
             K,
             rows.stride(0),
             weight.stride(0),
-            1 if input_scale is None or input_zero_point is None else input_scale.shape[0],
-            1 if input_zero_point is None else input_zero_point.shape[0],
-            1 if bias is None else bias.shape[0],
+            *extra,
             BLOCK_M=tile.block_m,
             BLOCK_N=tile.block_n,
             BLOCK_K=tile.block_k,
             GROUP_M=_GROUP_M,
             EVEN_K=K % tile.block_k == 0,
+            GELU=epilogue.activation == "gelu_tanh",
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )
@@ -281,8 +151,3 @@ def _is_aligned(matrix: Tensor) -> bool:
 def capability(device: torch.device) -> tuple[int, int]:
     """Compute capability; the lowest of all for the interpreter, which runs any tile."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-
-
-def linear_fake(xq: Tensor, weight: Tensor, *parameters: Any) -> Tensor:
-    """Shape and dtype of the integer linears, whose last parameter is out_dtype."""
-    return torch.empty((*xq.shape[:-1], weight.shape[0]), dtype=parameters[-1], device=xq.device)

@@ -8,14 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from diffusers_dq_kernels import linear_w4a16, linear_w8a16, linear_weight_only, pack_int4
+from diffusers_dq_kernels import linear_w4a16, linear_w8a16, weight_only, pack_int4
 
 EveryForm = Callable[..., dict[str, Any]]
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
-W8 = (linear_w8a16, linear_weight_only._linear_w8a16_triton, linear_weight_only.linear_w8a16_reference)
-W4 = (linear_w4a16, linear_weight_only._linear_w4a16_triton, linear_weight_only.linear_w4a16_reference)
+W8 = (linear_w8a16, weight_only._linear_w8a16_triton, weight_only.linear_w8a16_reference)
+W4 = (linear_w4a16, weight_only._linear_w4a16_triton, weight_only.linear_w4a16_reference)
 
 # Two roundings to x's dtype where PyTorch rounds the sum before our fp32 scale, each by half an eps, one of them a
 # whole eps in the interpreter, which cuts off.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Floating-point activations times int8 or int4 weights, for the few rows of a modulation linear.
 
-    y[m, n] = (sum_k x[m, k] W[n, k]) * weight_scale[n] + bias[g, n]
+    z[m, n] = (sum_k x[m, k] W[n, k]) * weight_scale[n] + bias[g, n],   finished as in _epilogue.py
 
 There it is the bytes of W that cost time, not the multiplications.
 """
@@ -15,60 +15,70 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._arguments import FLOATS, rows_of
-from ._gemm import Tile, TileTable, bias_table, check_weight, launch, store_dequantized, tile_index
+from ._epilogue import Epilogue, store_output
+from ._gemm import Tile, TileTable, check_weight, launch, tile_index
 from ._library import announce, define_op
-from ._tables import table_row
 from ._triton import jit, tl
-from .linear_w4a8 import unpack_tile
+from .w4a8 import unpack_tile
 from .packing import unpack_int4
 
 __all__ = ["linear_w4a16", "linear_w8a16"]
+
+_SCHEMA = (
+    "(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor group, Tensor? gate=None,"
+    " Tensor? residual=None, str activation='none') -> Tensor"
+)
+
+
+def _epilogue(
+    x: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    group: Tensor,
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str = "none",
+) -> Epilogue:
+    """The parameters of these ops as those of all linears: nothing to undo for an input that was not rounded."""
+    return Epilogue(weight_scale, None, None, None, bias, group, x.dtype, gate, residual, activation)
 
 
 # Reference
 
 
-def linear_w8a16_reference(
-    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, group: Tensor
-) -> Tensor:
-    """x W^T with W = weight * weight_scale, plus bias[g].
+def linear_w8a16_reference(x: Tensor, weight: Tensor, *parameters: Any) -> Tensor:
+    """residual + gate * activation(x W^T + bias[g]) with W = weight * weight_scale.
 
-    x: [..., K] float.   weight: [N, K] int8.   weight_scale: [N] fp32.   bias: [N] or [G, N] float.
-    group: [1] int64.   Returns [..., N] of x's dtype, computed in fp32 (fp64 if x is).
+    x: [..., K] float.   weight: [N, K] int8.   parameters: weight_scale, bias, group, gate, residual, activation: see
+    `Epilogue`.   Returns [..., N] of x's dtype, computed in fp64 if x is, else in fp32.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
-    y = x.to(wide) @ (weight.to(wide) * weight_scale[:, None].to(wide)).t()
-    rows = bias_table(bias)
-    return (y if rows is None else y + table_row(rows, group)[0]).to(x.dtype)
+    return _epilogue(x, *parameters).apply(x.to(wide) @ weight.to(wide).t())
 
 
-def linear_w4a16_reference(
-    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, group: Tensor
-) -> Tensor:
+def linear_w4a16_reference(x: Tensor, weight: Tensor, *parameters: Any) -> Tensor:
     """`linear_w8a16` with packed weights.   weight: [N, K / 2] uint8, the rest as there."""
-    return linear_w8a16_reference(x, unpack_int4(weight), weight_scale, bias, group)
+    return linear_w8a16_reference(x, unpack_int4(weight), *parameters)
 
 
 # CPU
 
 
-def _linear_w8a16_cpu(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, group: Tensor) -> Tensor:
-    _check(x, weight, torch.int8, weight_scale, bias, group)
-    return _weight_only_cpu(x, weight, weight_scale, bias, group)
+def _linear_w8a16_cpu(x: Tensor, weight: Tensor, *parameters: Any) -> Tensor:
+    epilogue = _epilogue(x, *parameters)
+    _check(x, weight, torch.int8, epilogue)
+    return _weight_only_cpu(x, weight, epilogue)
 
 
-def _linear_w4a16_cpu(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, group: Tensor) -> Tensor:
-    _check(x, weight, torch.uint8, weight_scale, bias, group)
-    return _weight_only_cpu(x, unpack_int4(weight), weight_scale, bias, group)
+def _linear_w4a16_cpu(x: Tensor, weight: Tensor, *parameters: Any) -> Tensor:
+    epilogue = _epilogue(x, *parameters)
+    _check(x, weight, torch.uint8, epilogue)
+    return _weight_only_cpu(x, unpack_int4(weight), epilogue)
 
 
-def _weight_only_cpu(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, group: Tensor) -> Tensor:
-    y = _float_int8_matmul(rows_of(x), weight)
-    y = y.to(torch.promote_types(y.dtype, torch.float32)).mul_(weight_scale)
-    rows = bias_table(bias)
-    if rows is not None:
-        y.add_(table_row(rows, group))
-    return y.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+def _weight_only_cpu(x: Tensor, weight: Tensor, epilogue: Epilogue) -> Tensor:
+    acc = _float_int8_matmul(rows_of(x), weight)
+    return epilogue.apply(acc.view(*x.shape[:-1], weight.shape[0]))
 
 
 def _float_int8_matmul(x: Tensor, weight: Tensor) -> Tensor:
@@ -93,34 +103,27 @@ def _aligned(x: Tensor) -> Tensor:
 # Kernel
 
 
-@jit("M", "scale_groups", "zero_point_groups", "bias_groups")
+@jit("M")
 def _linear_weight_only_kernel(
     x_ptr,
     weight_ptr,
     y_ptr,
-    weight_scale_ptr,
-    weight_sum_ptr,
-    input_scale_ptr,
-    zero_point_ptr,
-    bias_ptr,
-    group_ptr,
+    epilogue,
     M,
     N,
     K,
     stride_xm,
     stride_wn,
-    scale_groups,
-    zero_point_groups,
-    bias_groups,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     EVEN_K: tl.constexpr,
+    GELU: tl.constexpr,
 ):
     """One program computes a [BLOCK_N, BLOCK_M] tile of y^T = W x^T, with W widened to x's dtype in registers.
 
-    uint8 weights hold two int4 a byte. weight_sum, input_scale and zero_point are None.
+    uint8 weights hold two int4 a byte.
     """
     PER_BYTE: tl.constexpr = 2 if weight_ptr.dtype.element_ty == tl.uint8 else 1
     pid_m, pid_n = tile_index(M, N, BLOCK_M, BLOCK_N, GROUP_M)
@@ -144,23 +147,7 @@ def _linear_weight_only_kernel(
         acc = tl.dot(weight.to(x.dtype), x, acc, input_precision="tf32x3")
         x_ptrs += BLOCK_K
         weight_ptrs += BLOCK_K // PER_BYTE
-    store_dequantized(
-        acc,
-        offs_m[None, :],
-        offs_n[:, None],
-        y_ptr,
-        weight_scale_ptr,
-        weight_sum_ptr,
-        input_scale_ptr,
-        zero_point_ptr,
-        bias_ptr,
-        group_ptr,
-        M,
-        N,
-        scale_groups,
-        zero_point_groups,
-        bias_groups,
-    )
+    store_output(acc, offs_m[None, :], offs_n[:, None], y_ptr, epilogue, M, N, GELU)
 
 
 # Launchers
@@ -175,44 +162,33 @@ TILES: TileTable = {
 TILES_FP32: TileTable = {(8, 0): ((16, Tile(16, 64, 64, 8, 3)), (math.inf, Tile(64, 64, 32, 8, 3)))}
 
 
-def _linear_w8a16_triton(
-    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, group: Tensor
-) -> Tensor:
-    _check(x, weight, torch.int8, weight_scale, bias, group)
+def _linear_w8a16_triton(x: Tensor, weight: Tensor, *parameters: Any) -> Tensor:
+    epilogue = _epilogue(x, *parameters)
+    _check(x, weight, torch.int8, epilogue)
     if x.dtype == torch.float64:
         announce("linear_w8a16", _NO_FP64)
-        return linear_w8a16_reference(x, weight, weight_scale, bias, group)
-    return _launch("linear_w8a16", x, weight, weight_scale, bias, group)
+        return linear_w8a16_reference(x, weight, *parameters)
+    return launch("linear_w8a16", _linear_weight_only_kernel, _tiles(x.dtype), x, weight, epilogue)
 
 
-def _linear_w4a16_triton(
-    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, group: Tensor
-) -> Tensor:
-    _check(x, weight, torch.uint8, weight_scale, bias, group)
+def _linear_w4a16_triton(x: Tensor, weight: Tensor, *parameters: Any) -> Tensor:
+    epilogue = _epilogue(x, *parameters)
+    _check(x, weight, torch.uint8, epilogue)
     if x.dtype == torch.float64:
         announce("linear_w4a16", _NO_FP64)
-        return linear_w4a16_reference(x, weight, weight_scale, bias, group)
-    return _launch("linear_w4a16", x, weight, weight_scale, bias, group)
-
-
-def _launch(
-    op_name: str, x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, group: Tensor
-) -> Tensor:
-    """Without weight sums, input scales and zero points: the input is not rounded."""
-    tiles, kernel = _tiles(x.dtype), _linear_weight_only_kernel
-    return launch(op_name, kernel, tiles, x, weight, weight_scale, None, None, None, bias, group, x.dtype)
+        return linear_w4a16_reference(x, weight, *parameters)
+    return launch("linear_w4a16", _linear_weight_only_kernel, _tiles(x.dtype), x, weight, epilogue)
 
 
 def _tiles(dtype: torch.dtype) -> TileTable:
     return TILES_FP32 if dtype == torch.float32 else TILES
 
 
-def _check(
-    x: Tensor, weight: Tensor, weight_dtype: torch.dtype, weight_scale: Tensor, bias: Tensor | None, group: Tensor
-) -> None:
+def _check(x: Tensor, weight: Tensor, weight_dtype: torch.dtype, epilogue: Epilogue) -> None:
     if x.dtype not in FLOATS or x.dim() == 0:
         raise ValueError(f"x: expected float [..., K], got {x.dtype} {list(x.shape)}")
-    check_weight(x.shape[-1], weight, weight_dtype, weight_scale, bias, group)
+    check_weight(x.shape[-1], weight, weight_dtype)
+    epilogue.check(x.shape[:-1], weight.shape[0])
 
 
 # Registration
@@ -223,7 +199,7 @@ def _fake(x: Tensor, weight: Tensor, *parameters: Any) -> Tensor:
 
 
 linear_w8a16 = define_op(
-    "linear_w8a16(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor group) -> Tensor",
+    "linear_w8a16" + _SCHEMA,
     linear_w8a16_reference,
     fake=_fake,
     cpu=_linear_w8a16_cpu,
@@ -231,7 +207,7 @@ linear_w8a16 = define_op(
 )
 
 linear_w4a16 = define_op(
-    "linear_w4a16(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor group) -> Tensor",
+    "linear_w4a16" + _SCHEMA,
     linear_w4a16_reference,
     fake=_fake,
     cpu=_linear_w4a16_cpu,

@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What turns the accumulator of a product into the output of a linear, in every form: the same arguments everywhere.
+
+    z[m, n] = (acc[m, n] - zero_point[g] * weight_sum[n]) * (input_scale * weight_scale[n]) + bias[g, n]
+    y[m, n] = residual[m, n] + gate[m, n] * activation(z[m, n])
+
+The input scale is one number for the current timestep group g (static) or one a row (dynamic); it is absent where the
+input was not rounded. acc is an exact integer where it was. M rows, N out_features, G timestep groups.
+"""
+# mypy: disable-error-code="no-untyped-def"
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._arguments import FLOATS, expect, expect_group, expect_table
+from ._tables import table_row, table_row_index
+from ._triton import jit, tl
+
+__all__ = ["ACTIVATIONS", "Epilogue", "KernelEpilogue", "store_output"]
+
+ACTIVATIONS = ("none", "gelu_tanh")
+
+# tanh(u) = 2 sigmoid(2 u) - 1, so GELU's tanh form is v sigmoid(2 u) with u = sqrt(2 / pi) (v + 0.044715 v^3).
+_TWICE_SQRT_2_OVER_PI = 1.5957691216057308
+_CUBIC = 0.044715
+
+
+class Epilogue(NamedTuple):
+    """The parameters of a linear op after its input and weight, in the order of its schema.
+
+    weight_scale: [N] fp32.   input_scale: [1 or G] fp32 where there is an input_zero_point, [...] fp32, one a row,
+    where there is none, None for inputs that are not integers.   input_zero_point: [1 or G] int32.   weight_sum: [N]
+    int32, sums of the integer weight over K.   bias: [N] or [1 or G, N] float.   group: [1] int64.
+    out_dtype: torch.int32 asks for acc - zero_point weight_sum.   residual: as the output, float.
+    gate: float [..., N]; each leading size is the output's, or 1 from some dimension on: [B, 1, N] for [B, T, N].
+    activation: "none" or "gelu_tanh".
+    """
+
+    weight_scale: Tensor
+    input_scale: Tensor | None
+    input_zero_point: Tensor | None
+    weight_sum: Tensor | None
+    bias: Tensor | None
+    group: Tensor
+    out_dtype: torch.dtype
+    gate: Tensor | None = None
+    residual: Tensor | None = None
+    activation: str = "none"
+
+    @property
+    def bias_table(self) -> Tensor | None:
+        """[1 or G, N]."""
+        return self.bias[None] if self.bias is not None and self.bias.dim() == 1 else self.bias
+
+    def check(self, lead: torch.Size, n: int) -> None:
+        """ValueError for what a kernel would read out of bounds or misread. lead: leading sizes of the output."""
+        expect("weight_scale", self.weight_scale, (torch.float32,), (n,))
+        expect_group(self.group)
+        self._check_input_scale(lead, n)
+        table = self.bias_table
+        if table is not None:
+            expect_table("bias", table, FLOATS, (n,))
+        if self.residual is not None:
+            expect("residual", self.residual, FLOATS, (*lead, n))
+        if self.gate is not None:
+            _check_gate(self.gate, lead, n)
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation: expected one of {ACTIVATIONS}, got {self.activation!r}")
+        if self.out_dtype == torch.int32:
+            if self.gate is not None or self.residual is not None or self.activation != "none":
+                raise ValueError("out_dtype=torch.int32 asks for the bare integers: no gate, residual or activation")
+        elif self.out_dtype not in FLOATS:
+            raise ValueError(f"out_dtype: expected a floating-point type or torch.int32, got {self.out_dtype}")
+
+    def _check_input_scale(self, lead: torch.Size, n: int) -> None:
+        if self.input_scale is None:
+            return
+        if self.input_zero_point is None:
+            expect("input_scale", self.input_scale, (torch.float32,), tuple(lead))
+            return
+        expect_table("input_scale", self.input_scale, (torch.float32,))
+        expect_table("input_zero_point", self.input_zero_point, (torch.int32,))
+        if self.weight_sum is None:
+            raise ValueError("weight_sum: expected int32 [N] beside an input_zero_point, got None")
+        expect("weight_sum", self.weight_sum, (torch.int32,), (n,))
+
+    def of_rows(self, start: int, stop: int, rows: int) -> "Epilogue":
+        """For rows [start, stop) of an output of `rows` rows, its leading sizes taken together."""
+        input_scale, gate, residual = self.input_scale, self.gate, self.residual
+        if input_scale is not None and self.input_zero_point is None:
+            input_scale = input_scale.reshape(-1)[start:stop]
+        if gate is not None:
+            gate, each = gate_rows(gate, rows)
+            gate = gate[start // each : (stop - 1) // each + 1].repeat_interleave(each, 0)[start % each :]
+            gate = gate[: stop - start]
+        if residual is not None:
+            residual = residual.reshape(rows, -1)[start:stop]
+        return self._replace(input_scale=input_scale, gate=gate, residual=residual)
+
+    def apply(self, acc: Tensor) -> Tensor:
+        """acc: [..., N] int32, or float, which may hold integers as well.   Returns [..., N] of out_dtype.
+
+        In fp64 from fp64, which is the reference, else in fp32.
+        """
+        if self.input_zero_point is not None and self.weight_sum is not None:
+            acc = acc - (table_row(self.input_zero_point, self.group).to(acc.dtype) * self.weight_sum.to(acc.dtype))
+        if self.out_dtype == torch.int32:
+            return acc.to(torch.int32)
+        wide = torch.float64 if acc.dtype == torch.float64 else torch.float32
+        y = acc.to(wide) * self._scale(wide)
+        table = self.bias_table
+        if table is not None:
+            y = y + table_row(table, self.group)[0]
+        if self.activation == "gelu_tanh":
+            y = gelu_tanh(y)
+        if self.gate is not None:
+            y = y * self.gate
+        if self.residual is not None:
+            y = y + self.residual
+        return y.to(self.out_dtype)
+
+    def _scale(self, wide: torch.dtype) -> Tensor:
+        """[N], or [..., N] where every row has its own input scale."""
+        weight_scale = self.weight_scale.to(wide)
+        if self.input_scale is None:
+            return weight_scale
+        if self.input_zero_point is not None:
+            return table_row(self.input_scale, self.group).to(wide) * weight_scale
+        return self.input_scale[..., None].to(wide) * weight_scale
+
+    def for_kernel(self, rows: int, n: int) -> "KernelEpilogue":
+        """Contiguous tables and the strides of what is not."""
+        table, gate, residual, each = self.bias_table, self.gate, self.residual, 1
+        if gate is not None:
+            gate, each = gate_rows(gate, rows)
+        if residual is not None:
+            residual = _with_unit_stride(residual.reshape(rows, n))
+        return KernelEpilogue(
+            self.weight_scale.contiguous(),
+            None if self.input_scale is None else self.input_scale.contiguous(),
+            None if self.input_zero_point is None else self.input_zero_point.contiguous(),
+            None if self.weight_sum is None else self.weight_sum.contiguous(),
+            None if table is None else table.contiguous(),
+            self.group,
+            gate,
+            residual,
+            scale_groups=1 if self.input_scale is None or self.input_zero_point is None else len(self.input_scale),
+            zero_point_groups=1 if self.input_zero_point is None else len(self.input_zero_point),
+            bias_groups=1 if table is None else len(table),
+            rows_per_gate=each,
+            gate_stride=0 if gate is None else gate.stride(0),
+            residual_stride=0 if residual is None else residual.stride(0),
+        )
+
+
+class KernelEpilogue(NamedTuple):
+    """An Epilogue as a kernel takes it: pointers, or None for what is absent, and how they are laid out."""
+
+    weight_scale: Any
+    input_scale: Any
+    zero_point: Any
+    weight_sum: Any
+    bias: Any
+    group: Any
+    gate: Any
+    residual: Any
+    scale_groups: int
+    zero_point_groups: int
+    bias_groups: int
+    rows_per_gate: int
+    gate_stride: int
+    residual_stride: int
+
+
+def gate_rows(gate: Tensor, rows: int) -> tuple[Tensor, int]:
+    """([R, N], how many rows of an output of `rows` rows follow one another with the same row of the gate)."""
+    gate = _with_unit_stride(gate.reshape(-1, gate.shape[-1]))
+    return gate, max(1, rows // max(1, len(gate)))
+
+
+def gelu_tanh(y: Tensor) -> Tensor:
+    """F.gelu(y, approximate="tanh") by way of a sigmoid, which CPUs compute faster than tanh."""
+    return y * torch.sigmoid(y * (_TWICE_SQRT_2_OVER_PI + _TWICE_SQRT_2_OVER_PI * _CUBIC * y * y))
+
+
+def _check_gate(gate: Tensor, lead: torch.Size, n: int) -> None:
+    shape = gate.shape[:-1]
+    same = next((i for i, (ours, theirs) in enumerate(zip(shape, lead, strict=False)) if ours != theirs), len(lead))
+    fits = len(shape) == len(lead) and all(size == 1 for size in shape[same:]) and gate.shape[-1:] == (n,)
+    if gate.dtype not in FLOATS or not fits:
+        given = f"{gate.dtype} {list(gate.shape)}"
+        raise ValueError(
+            f"gate: expected float {[*lead, n]}, where from some dimension on leading sizes may be 1, got {given}"
+        )
+
+
+def _with_unit_stride(matrix: Tensor) -> Tensor:
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
+# Kernel parts
+
+
+@jit()
+def _gelu_tanh(v):
+    return v * tl.sigmoid(v * (1.5957691216057308 + 0.07135481627159844 * v * v))
+
+
+@jit()
+def store_output(acc, m, n, y_ptr, e, M, N, GELU: tl.constexpr):
+    """Finish one tile and store it. m, n: row and column of each element, in two shapes that broadcast to acc's.
+
+    e: a KernelEpilogue. With a zero point the input scale is a table over groups, without one it is [M].
+    """
+    if e.zero_point is not None:
+        zero_point = tl.load(e.zero_point + table_row_index(e.group, e.zero_point_groups))
+        acc -= zero_point * tl.load(e.weight_sum + n, mask=n < N, other=0)
+    inside = (m < M) & (n < N)
+    if y_ptr.dtype.element_ty == tl.int32:
+        y = acc
+    else:
+        scale = tl.load(e.weight_scale + n, mask=n < N, other=0.0)
+        if e.zero_point is not None:
+            scale *= tl.load(e.input_scale + table_row_index(e.group, e.scale_groups))
+        y = acc.to(tl.float32) * scale
+        if e.input_scale is not None and e.zero_point is None:
+            y *= tl.load(e.input_scale + m, mask=m < M, other=0.0)
+        if e.bias is not None:
+            bias_ptr = e.bias + table_row_index(e.group, e.bias_groups) * N
+            y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+        if GELU:
+            y = _gelu_tanh(y)
+        if e.gate is not None:
+            gate_ptr = e.gate + (m // e.rows_per_gate).to(tl.int64) * e.gate_stride
+            y *= tl.load(gate_ptr + n, mask=inside, other=0.0).to(tl.float32)
+        if e.residual is not None:
+            residual_ptr = e.residual + m.to(tl.int64) * e.residual_stride
+            y += tl.load(residual_ptr + n, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y_ptr + m.to(tl.int64) * N + n, y.to(y_ptr.dtype.element_ty), mask=inside)
