@@ -3,7 +3,7 @@
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -26,7 +26,8 @@ class Description:
 
     linears: by module name.   attention: quantized Attention modules, to attention_bits.
     partitions: [P, E], the shape of the table of timestep boundaries.   descending: noise falls with the timestep.
-    tied: module -> the one it is the same as.   notes: linear -> why it is in full precision or what is odd about it.
+    tied: module -> the one it is the same as.   shared: linear -> another that rounds the same input the same way.
+    notes: linear -> why it is in full precision or what is odd about it.
     dtype: of the model's unrounded tensors.
     """
 
@@ -38,6 +39,7 @@ class Description:
     tied: Mapping[str, str]
     notes: Mapping[str, str]
     dtype: torch.dtype
+    shared: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not isinstance(self.dtype, torch.dtype):
@@ -45,6 +47,9 @@ class Description:
         for name, layout in self.linears.items():
             if layout.partition >= self.partitions[0]:
                 raise ValueError(f"{name} follows partition {layout.partition} of {self.partitions[0]}")
+        for name, first in self.shared.items():
+            if not {name, first} <= self.linears.keys():
+                raise ValueError(f"{name} shares its input with {first}; both have to be quantized linears")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -112,6 +117,8 @@ def install(
     try:
         for name, layer in layers.items():
             model.set_submodule(name, layer)
+        for name, first in description.shared.items():
+            layers[name].share_input(layers[first])
         for copied, original in description.tied.items():
             model.set_submodule(copied, model.get_submodule(original))
         for name in description.attention:
@@ -152,6 +159,30 @@ def _remove_selection(model: nn.Module) -> None:
 def identical(model: nn.Module, duplicates: Sequence[tuple[str, str]]) -> dict[str, str]:
     """Of (copy, original) modules, those whose tensors are equal bit for bit: worth storing once."""
     return {copied: original for copied, original in duplicates if _equal(model, copied, original)}
+
+
+def readers(layers: Mapping[str, QuantizedLinear], groups: Sequence[Sequence[str]]) -> dict[str, str]:
+    """Linear -> the first of its group that rounds the group's input in the same way."""
+    shared = {}
+    for group in groups:
+        firsts: list[str] = []
+        for name in (name for name in group if name in layers and layers[name].layout.rounds_input):
+            first = next((first for first in firsts if layers[name].reads_like(layers[first])), None)
+            if first is None:
+                firsts.append(name)
+            else:
+                shared[name] = first
+    return shared
+
+
+def check_shared(model: nn.Module, description: Description) -> None:
+    """Raises ValueError where linears that share an input have unequal tables, as only a damaged file makes them."""
+    for name, first in description.shared.items():
+        if not _submodule(model, name, QuantizedLinear).reads_like(_submodule(model, first, QuantizedLinear)):
+            raise ValueError(
+                f"{name} and {first} share their rounded input by config.json, but their input tables differ in the"
+                " file: it is damaged"
+            )
 
 
 def align(model: nn.Module) -> None:

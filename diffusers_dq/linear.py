@@ -6,17 +6,18 @@ Shapes: N out_features, K in_features, G timestep groups. The names of its tenso
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import diffusers_dq_kernels as ops
+from diffusers_dq.shared_input import RoundedInput, SharedInput
 from diffusers_dq.timesteps import TimestepGroups
 
 NOT_ROUNDED = 16
-WEIGHT_BITS = (4, 8, NOT_ROUNDED)
+WEIGHT_BITS = (4, 6, 8, NOT_ROUNDED)
 ACTIVATION_BITS = (4, 5, 6, 7, 8, NOT_ROUNDED)
 
 
@@ -85,17 +86,14 @@ class LinearLayout:
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
 
 
-class RoundedInput(NamedTuple):
-    """integers: [..., K] int8.   scale: [...] fp32, one a token; None where the layer's own static one applies."""
-
-    integers: Tensor
-    scale: Tensor | None
+# What a layer does to its input, besides its layout.
+_INPUT_TABLES = ("input_scale", "input_zero_point", "input_inv_smooth", "input_shift")
 
 
 class QuantizedLinear(nn.Linear):
     """y = dequantize(Q(T_g(x)) Q(W')^T) + b'_g, with T_g, W', b'_g as transforms/base.py defines them.
 
-    weight: Parameter, int8 [N, K], packed uint8 [N, K / 2] (packing.py), or floating point where not rounded.
+    weight: Parameter, int8 [N, K] (8 and 6 bits), packed uint8 [N, K / 2] (packing.py), or floating point where not rounded.
     bias: Parameter [N] or None; with timestep groups it gives way to `bias_groups` [G, N].
     Buffers, fp32 whatever the model is cast to (fp64 where an fp64 weight is not rounded): weight_scale [N];
     input_scale [1 or G] and input_zero_point int32 of a static scheme; input_inv_smooth [K] and
@@ -110,6 +108,7 @@ class QuantizedLinear(nn.Linear):
     input_inv_smooth: Tensor | None
     input_shift: Tensor | None
     weight_sum: Tensor | None
+    partition: Tensor
 
     def __init__(
         self,
@@ -128,6 +127,9 @@ class QuantizedLinear(nn.Linear):
         table = torch.float32 if layout.rounds_weight else torch.promote_types(dtype, torch.float32)
         self.layout = layout
         self._groups = (groups,)  # in a tuple: shared by all layers, a submodule of none of them
+        self._shared_input: SharedInput | None = None
+        self._first_reader: tuple[QuantizedLinear, ...] = ()
+        self.readers = 1  # of the input that this layer rounds, itself among them
         self.weight = nn.Parameter(self._empty_weight(dtype, device), requires_grad=False)
         if bias and not layout.bias_groups:
             self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), requires_grad=False)
@@ -144,6 +146,9 @@ class QuantizedLinear(nn.Linear):
         buffer("input_inv_smooth", (k,) if layout.smooth else None)
         buffer("input_shift", (layout.shift_groups, k) if layout.shift_groups else None)
         buffer("weight_sum", (n,) if layout.static else None, torch.int32, keep=False)
+        # never on meta, though the rest may be: it is known, and it is no tensor of a file
+        place = None if device is None or torch.device(device).type == "meta" else device
+        self.register_buffer("partition", torch.tensor([layout.partition], device=place), persistent=False)
 
     def _empty_weight(self, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
         n, k, bits = self.out_features, self.in_features, self.layout.weight_bits
@@ -167,17 +172,71 @@ class QuantizedLinear(nn.Linear):
 
     def finish_loading(self) -> None:
         """Derive what is not stored: call after weight and tables have been set."""
+        self.partition = torch.tensor([self.layout.partition], device=self.weight.device)
         if self.layout.static:
             self.weight_sum = self.integer_weight().sum(dim=1, dtype=torch.int32)
 
+    def reads_like(self, other: "QuantizedLinear") -> bool:
+        """Whether the two round an input of both to the same integers and scales."""
+        names = ("activation_bits", "dynamic", "per_token", "range_groups", "shift_groups", "smooth", "partition")
+        return (
+            self.layout.rounds_input
+            and all(getattr(self.layout, name) == getattr(other.layout, name) for name in names)
+            and all(
+                getattr(self, name) is None or torch.equal(getattr(self, name), getattr(other, name))
+                for name in _INPUT_TABLES
+            )
+        )
+
+    def share_input(self, first: "QuantizedLinear") -> None:
+        """Use what `first` makes of the same activation; `first` reads like this layer."""
+        if first._shared_input is None:
+            first._shared_input = SharedInput()
+        first.readers += 1
+        self._shared_input = first._shared_input
+        self._first_reader = (first,)  # in a tuple: no submodule
+
     def forward(self, x: Tensor) -> Tensor:
-        group = self._group(x.device)
         if not self.layout.rounds_input:
-            return self._unrounded(self._transform(x, group), group)
-        return self._product(self._round(x, group), group, x.dtype)
+            return self._unrounded(x)
+        return self.product(self.rounded(x), x.dtype)
+
+    def rounded(self, x: Tensor) -> RoundedInput:
+        """x: [..., K] float, as integers: the transform and the rounding of this layer's input."""
+        if torch.compiler.is_compiling():
+            return self._rounded_in_graph(x)
+        group = self._group(x.device)
+        if self._shared_input is None:
+            return self._round(x, group)
+        found = self._shared_input.find(x, self.groups.index)
+        if found is None:
+            found = self._round(x, group)
+            self._shared_input.keep(x, self.groups.index, found)
+        return found
+
+    def _rounded_in_graph(self, x: Tensor) -> RoundedInput:
+        """The same while torch.compile traces, which carries Python attributes of intermediate tensors along.
+
+        All who share read the tables of the first, unless an offloading hook has taken those away. The last of them
+        takes the attribute back, so that it does not outlive the graph on a tensor that came from outside.
+        """
+        first = self._first_reader[0] if self._first_reader else self
+        if first.readers == 1 or first.partition.device != x.device:
+            return self._round(x, self._group(x.device))
+        kept = getattr(x, "_diffusers_dq_rounded", None)
+        if kept is None or kept[0] is not first:
+            kept = (first, first._round(x, self._group(x.device)), first.readers)
+        rounded: RoundedInput = kept[1]
+        left = kept[2] - 1
+        x._diffusers_dq_rounded = (first, rounded, left) if left else None  # type: ignore[attr-defined]
+        return rounded
 
     def _group(self, device: torch.device) -> Tensor:
-        return self.groups.index.narrow(0, self.layout.partition, 1).to(device)
+        """[1] int64. A compiled graph must not depend on the number, which differs between blocks that share it."""
+        index = self.groups.index
+        if torch.compiler.is_compiling():
+            return index.index_select(0, self.partition.to(index.device)).to(device)
+        return index.narrow(0, self.layout.partition, 1).to(device)
 
     def _row(self, table: Tensor, group: Tensor) -> Tensor:
         return table[0] if len(table) == 1 else table.index_select(0, group).squeeze(0)
@@ -196,7 +255,9 @@ class QuantizedLinear(nn.Linear):
     def _bias(self) -> Tensor | None:
         return self.bias if self.bias_groups is None else self.bias_groups
 
-    def _unrounded(self, x: Tensor, group: Tensor) -> Tensor:
+    def _unrounded(self, x: Tensor) -> Tensor:
+        group = self._group(x.device)
+        x = self._transform(x, group)
         if self.layout.rounds_weight:
             product = ops.linear_w4a16 if self.layout.weight_bits == 4 else ops.linear_w8a16
             return product(x, self.weight, self.weight_scale, self._bias(), group)
@@ -221,7 +282,18 @@ class QuantizedLinear(nn.Linear):
         integers = ops.quantize_static(u, scale, zero_point, group, None, None, self.layout.activation_bits)
         return RoundedInput(integers, scale.expand(u.shape[:-1]))
 
-    def _product(self, rounded: RoundedInput, group: Tensor, dtype: torch.dtype) -> Tensor:
+    def product(
+        self,
+        rounded: RoundedInput,
+        dtype: torch.dtype,
+        gate: Tensor | None = None,
+        residual: Tensor | None = None,
+        activation: str = "none",
+    ) -> Tensor:
+        """residual + gate * activation(this layer's output) for an input that is rounded already, [..., N] of dtype.
+
+        gate, residual, activation: see diffusers_dq_kernels.linear_w8a8.
+        """
         product = ops.linear_w4a8 if self.layout.weight_bits == 4 else ops.linear_w8a8
         static = rounded.scale is None
         return product(
@@ -232,8 +304,11 @@ class QuantizedLinear(nn.Linear):
             self.input_zero_point,
             self.weight_sum,
             self._bias(),
-            group,
+            self._group(rounded.integers.device),
             dtype,
+            gate,
+            residual,
+            activation,
         )
 
     def dequantized(self, dtype: torch.dtype) -> nn.Linear:

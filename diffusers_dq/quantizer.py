@@ -129,6 +129,10 @@ class DQQuantizer(DiffusersQuantizer):
                     f"{param_name} is {stored.dtype} in the file, expected {expected}: the file is damaged"
                 )
             _set_tensor(model, param_name, (stored.to(expected) if own else param_value).to(target_device))
+            owner, _, leaf = param_name.rpartition(".")
+            module = model.get_submodule(owner)
+            if leaf == "weight" and isinstance(module, QuantizedLinear):
+                module.finish_loading()  # now: with a device_map diffusers moves the model before it asks us again
             return
         assert self._conversion is not None
         name = self._linear_of(param_name)
@@ -145,9 +149,7 @@ class DQQuantizer(DiffusersQuantizer):
         config = self.quantization_config
         self._check_complete(model)
         if self.description is not None:
-            for module in model.modules():
-                if isinstance(module, QuantizedLinear):
-                    module.finish_loading()
+            installation.check_shared(model, self.description)
             getattr(model, installation.GROUPS).to(model.device)
             self.adopt(model, config.copy(result=self.description.to_dict()))
         elif self.prepared:

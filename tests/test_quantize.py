@@ -245,7 +245,7 @@ def test_calls_need_a_pipeline_and_a_number_of_steps(pipe):
         (
             {"method": "rtn", "weight_bits": 3},
             ValueError,
-            r"weight_bits must be one of the integers \(4, 8, 16\) .*, got 3",
+            r"weight_bits must be one of the integers \(4, 6, 8, 16\) .*, got 3",
         ),
         ({"method": "rtn", "activation_bits": 9}, ValueError, "activation_bits must be one of .*, got 9"),
         ({"method": "rtn", "weight_bits": 16}, ValueError, "with activation_bits=8 has no integer product"),

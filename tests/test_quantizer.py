@@ -480,9 +480,14 @@ def test_a_pipeline_does_not_take_the_config_of_a_model(dit_folder):
         DiffusionPipeline.from_pretrained(dit_folder, quantization_config=dq.DQConfig(**RTN))
 
 
-def test_one_device_for_all_is_a_fine_device_map(saved, dit_folder, run_dit):
-    folder, outputs, _ = saved["rtn-w4a8"]
+@pytest.mark.parametrize("name", ["rtn-w4a8", "htg-w4a8"])
+def test_one_device_for_all_is_a_fine_device_map(saved, run_dit, name):
+    folder, outputs, _ = saved[name]
     assert torch.equal(run_dit(load(folder, device_map={"": "cpu"})), outputs)
+
+
+def test_a_device_map_while_quantizing(saved, dit_folder, run_dit):
+    _, outputs, _ = saved["rtn-w4a8"]
     config = dq.DQConfig(**VARIANTS["rtn-w4a8"])
     assert torch.equal(run_dit(load(dit_folder, device_map="cpu", quantization_config=config)), outputs)
 
