@@ -11,8 +11,8 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 
-from diffusers_dq import affine
 from diffusers_dq.scheme import QuantScheme
+from diffusers_dq_kernels.attention import attention_int8
 
 OPERANDS = ("query", "key", "value", "probability")
 SAMPLED_QUERIES = 8
@@ -24,12 +24,10 @@ def scheme(operand: str, bits: int) -> QuantScheme:
 
 
 class QuantizedAttnProcessor:
-    """A diffusers attention processor for plain self-attention: projections, softmax(q k^T / sqrt(D)) v, output.
+    """A diffusers attention processor for plain self-attention: projections, softmax(q k^T scale) v, output.
 
     Each operand has a static scale [1] fp32, `query_scale`, `key_scale`, `value_scale` and `probability_scale`, which
-    `attach` registers as buffers of the Attention module. The integers are multiplied as fp32 numbers, which is exact
-    integer arithmetic up to sums of 2^24: |q k^T| <= D 128^2 <= 2^24 for D <= 1024, and |A v| <= 255 x 128 N < 2^24
-    for N <= 512 even if all probabilities were at the end of their range. It saves no time, and takes N x N memory.
+    `attach` registers as buffers of the Attention module. `attention_int8` rounds and multiplies.
     """
 
     def __init__(self, bits: int) -> None:
@@ -45,21 +43,13 @@ class QuantizedAttnProcessor:
     ) -> Tensor:
         if encoder_hidden_states is not None or attention_mask is not None:
             raise ValueError("quantized attention is self-attention without a mask; use quantize_attention=False here")
-        query, key, value = (  # [B, H, N, D]
-            self._integers(attn, name, split_heads(projection(hidden_states), attn.heads))
-            for name, projection in (("query", attn.to_q), ("key", attn.to_k), ("value", attn.to_v))
+        query, key, value = (
+            split_heads(projection(hidden_states), attn.heads) for projection in (attn.to_q, attn.to_k, attn.to_v)
         )
-        logits = (query @ key.transpose(-1, -2)) * (attn.query_scale * attn.key_scale * attn.scale)
-        probabilities = self._integers(attn, "probability", logits.softmax(dim=-1))
-        output = (probabilities @ value) * (attn.value_scale * attn.probability_scale)
-        output = output.transpose(1, 2).flatten(2).to(hidden_states.dtype)  # [B, N, H D]
-        return attn.to_out[1](attn.to_out[0](output)) / attn.rescale_output_factor
-
-    def _integers(self, attn: Any, operand: str, x: Tensor) -> Tensor:
-        """x rounded to the integers of its scheme, zero point off, held as fp32."""
-        of = scheme(operand, self.bits)
-        zero_point = 0 if of.symmetric else of.qmin
-        return affine.quantize(x.float(), getattr(attn, f"{operand}_scale"), zero_point, of).float() - zero_point
+        scales = (getattr(attn, f"{name}_scale") for name in OPERANDS)
+        output = attention_int8(query, key, value, *scales, attn.scale, self.bits)  # [B, H, N, D]
+        merged = output.transpose(1, 2).flatten(2)  # [B, N, H D]
+        return attn.to_out[1](attn.to_out[0](merged)) / attn.rescale_output_factor
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

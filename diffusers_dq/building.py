@@ -17,11 +17,13 @@ from diffusers_dq.timesteps import TimestepGroups, expand, group_of
 
 @torch.no_grad()
 def build_linear(
-    linear: nn.Linear, plan: LinearPlan, partition: int, groups: TimestepGroups, dtype: torch.dtype
+    linear: nn.Linear, plan: LinearPlan, partition: int, groups: TimestepGroups, dtype: torch.dtype, rows: int = 1
 ) -> QuantizedLinear:
     """The quantized layer of a plan; `linear` is only read, and its bias shared where the plan leaves it alone.
 
     partition: which entry of `groups.index` is the plan's.   dtype: of a weight that is not rounded.
+    rows: that every table which switches with the timestep is to have at least, the last one repeated: tables of one
+    size in all blocks let them share a compiled graph.
     """
     tables = _online_tables(plan, linear.in_features) | _range_tables(plan)
     exact, bias = _folded(linear, plan)
@@ -31,6 +33,7 @@ def build_linear(
         bias = _bias_of(linear)[None]
     if bias is not None:
         tables["bias_groups"] = bias if correction is None else bias + correction
+    tables = {name: _lengthened(table, rows) if name in _SWITCHED else table for name, table in tables.items()}
     layout = LinearLayout(
         weight_bits=plan.bits.weight,
         activation_bits=plan.bits.activation,
@@ -58,6 +61,15 @@ def build_linear(
         getattr(layer, name).copy_(tables[name])
     layer.finish_loading()
     return layer
+
+
+_SWITCHED = ("bias_groups", "input_scale", "input_zero_point", "input_shift")
+
+
+def _lengthened(table: Tensor, rows: int) -> Tensor:
+    if not 1 < len(table) < rows:
+        return table
+    return torch.cat([table, table[-1:].expand(rows - len(table), *table.shape[1:])])
 
 
 def _rows(tables: dict[str, Tensor], name: str) -> int:

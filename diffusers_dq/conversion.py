@@ -52,7 +52,8 @@ class Conversion:
                 )
         plan = self.plan.linears[name]
         partition = self.plan.partitions.index(plan.boundaries)
-        self.layers[name] = build_linear(linear, plan, partition, self.groups, self.dtype)
+        rows = 1 + max(map(len, self.plan.partitions))
+        self.layers[name] = build_linear(linear, plan, partition, self.groups, self.dtype, rows)
         return self.layers[name]
 
     def build_all(self, progress: bool) -> None:

@@ -18,6 +18,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 GROUPS = "timestep_groups"
 BOUNDARIES = "timestep_boundaries"
+_REPEATED = "_repeated_blocks"  # where diffusers looks for what compile_repeated_blocks compiles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +125,8 @@ def install(
         for name in description.attention:
             scales = None if attention_scales is None else attention_scales[name]
             attention.attach(model.get_submodule(name), description.attention_bits, scales, boundaries.device)
+        if not getattr(model, _REPEATED, None):
+            setattr(model, _REPEATED, repeated_blocks(model))
         model.add_module(GROUPS, groups)
         if select is not None:
             model.register_buffer(BOUNDARIES, boundaries)
@@ -154,6 +157,18 @@ def _remove_selection(model: nn.Module) -> None:
     for name in (GROUPS, BOUNDARIES):
         if hasattr(model, name):
             delattr(model, name)
+    vars(model).pop(_REPEATED, None)
+
+
+def repeated_blocks(model: nn.Module) -> list[str]:
+    """Class names of the members of the model's outermost module lists: diffusers names none for DiT and PixArt."""
+    names = set()
+    for child in model.children():
+        if isinstance(child, nn.ModuleList):
+            names.update(type(block).__name__ for block in child)
+        else:
+            names.update(repeated_blocks(child))
+    return sorted(names)
 
 
 def identical(model: nn.Module, duplicates: Sequence[tuple[str, str]]) -> dict[str, str]:

@@ -93,7 +93,8 @@ _INPUT_TABLES = ("input_scale", "input_zero_point", "input_inv_smooth", "input_s
 class QuantizedLinear(nn.Linear):
     """y = dequantize(Q(T_g(x)) Q(W')^T) + b'_g, with T_g, W', b'_g as transforms/base.py defines them.
 
-    weight: Parameter, int8 [N, K] (8 and 6 bits), packed uint8 [N, K / 2] (packing.py), or floating point where not rounded.
+    weight: Parameter, int8 [N, K] (8 and 6 bits), packed uint8 [N, K / 2] (4 bits, packing.py), or floating point where
+    not rounded.
     bias: Parameter [N] or None; with timestep groups it gives way to `bias_groups` [G, N].
     Buffers, fp32 whatever the model is cast to (fp64 where an fp64 weight is not rounded): weight_scale [N];
     input_scale [1 or G] and input_zero_point int32 of a static scheme; input_inv_smooth [K] and

@@ -6,7 +6,7 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel, PixArtTransformer2DModel
 
 from diffusers_dq.config import DQConfig
 from diffusers_dq.conversion import Conversion
@@ -45,6 +45,22 @@ def tiny_pipeline(seed: int = 0, **changes: Any) -> DiTPipeline:
     pipe = DiTPipeline(tiny_dit(seed, **changes), vae, DDIMScheduler())
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def tiny_pixart() -> PixArtTransformer2DModel:
+    """Two blocks of width 32 over 16 tokens, 5 tokens of text of width 32."""
+    torch.manual_seed(0)
+    return PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        cross_attention_dim=32,
+        sample_size=8,
+        caption_channels=32,
+        use_additional_conditions=False,
+    ).eval()
 
 
 CALLS = [dict(class_labels=[1, 2], guidance_scale=1.5), dict(class_labels=[3, 4], guidance_scale=1.5)]
