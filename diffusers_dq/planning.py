@@ -109,6 +109,8 @@ def kept_in_full_precision(model: nn.Module, spec: ModelSpec, config: DQConfig) 
             kept[name] = f"in no group of linears that is known for {type(model).__name__}"
         elif bits.weight == 4 and _in_features(model, name) % 2:
             kept[name] = "in_features is odd, and int4 packs two values of a row in a byte"
+        elif bits.weight == 6 and _in_features(model, name) % 4:
+            kept[name] = "in_features is no multiple of 4, and a file packs four 6-bit values of a row in three bytes"
     return kept
 
 

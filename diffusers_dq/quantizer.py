@@ -14,6 +14,7 @@ from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUA
 from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
+import diffusers_dq_kernels as ops
 from diffusers_dq import installation
 from diffusers_dq.config import DQConfig, DQMethod
 from diffusers_dq.conversion import Conversion, convert
@@ -105,6 +106,10 @@ class DQQuantizer(DiffusersQuantizer):
         return param_name.removesuffix(".weight") if param_name.endswith(".weight") else ""
 
     def check_quantized_param_shape(self, param_name: str, current_param: Tensor, loaded_param: Tensor) -> bool:
+        """Called where the shapes differ."""
+        rows, columns = (*current_param.shape, 0, 0)[:2]
+        if self._is_packed(param_name) and tuple(loaded_param.shape) == (rows, columns // 4 * 3):
+            return True
         raise ValueError(
             f"{param_name} has shape {tuple(loaded_param.shape)} in the file, config.json says"
             f" {tuple(current_param.shape)}: the file is damaged or not the one that belongs to this config"
@@ -123,6 +128,8 @@ class DQQuantizer(DiffusersQuantizer):
         """`param_value` has been cast to the model's dtype by now; the tensor of the file is in `state_dict`."""
         stored = state_dict[param_name]
         if self.pre_quantized:
+            if self._is_packed(param_name) and stored.dtype == torch.uint8:
+                stored = ops.unpack_int6(stored)
             expected, own = _tensor(model, param_name).dtype, installation.is_own(model, param_name)
             if not _fits(stored.dtype, expected, own):
                 raise ValueError(
@@ -217,11 +224,17 @@ class DQQuantizer(DiffusersQuantizer):
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Any], safe_serialization: bool = False
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Without the copies of tied modules, which the file holds once."""
+        """Without the copies of tied modules, which the file holds once; 6-bit weights packed."""
         if not safe_serialization:
             raise ValueError("a quantized model is saved with safe_serialization=True only: nothing here is unpickled")
         kept = {key: value for key, value in state_dict.items() if not self._is_tied_copy(key)}
-        return kept, {}
+        return {key: ops.pack_int6(value) if self._is_packed(key) else value for key, value in kept.items()}, {}
+
+    def _is_packed(self, key: str) -> bool:
+        """Whether a file holds this tensor with four 6-bit values in three bytes; in memory they are int8."""
+        name, _, leaf = key.rpartition(".")
+        layout = None if self.description is None else self.description.linears.get(name)
+        return leaf == "weight" and layout is not None and layout.weight_bits == 6
 
     def _dequantize(self, model: ModelMixin) -> ModelMixin:
         """Ordinary linears again, with what rounding has left; refused, before anything changes, where the timestep

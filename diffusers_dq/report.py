@@ -105,12 +105,13 @@ def _quantized_row(name: str, module: QuantizedLinear, note: str) -> LinearRepor
     layout = module.layout
     backend, slow = backend_of(layout, module.weight.device.type)
     tensors = [*module.parameters(), *(tensor for _, tensor in module.tables())]
+    packed = module.weight.nbytes // 4 if layout.weight_bits == 6 else 0  # int8 in memory, three bytes of four in a file
     return LinearReport(
         name=name,
         bits=f"W{layout.weight_bits}A{layout.activation_bits}",
         granularity=_granularity(layout),
         groups=max(layout.bias_groups, layout.range_groups, layout.shift_groups),
-        nbytes=sum(tensor.nbytes for tensor in tensors),
+        nbytes=sum(tensor.nbytes for tensor in tensors) - packed,
         backend=backend,
         reason="; ".join(part for part in (note, slow) if part),
     )
@@ -132,9 +133,8 @@ def op_of(layout: LinearLayout) -> str | None:
     """The matrix product of a layer with this layout; None for a floating-point one."""
     if not layout.rounds_weight:
         return None
-    if not layout.rounds_input:
-        return f"linear_w{layout.weight_bits}a16"
-    return f"linear_w{layout.weight_bits}a8"
+    container = 4 if layout.weight_bits == 4 else 8
+    return f"linear_w{container}a{8 if layout.rounds_input else 16}"
 
 
 def backend_of(layout: LinearLayout, device: str) -> tuple[str, str]:

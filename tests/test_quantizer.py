@@ -35,6 +35,9 @@ VARIANTS = {
     "rtn-w4a8": RTN | {"weight_bits": 4},
     "rtn-w4a16": RTN | {"weight_bits": 4, "activation_bits": 16},
     "rtn-w16a16": RTN | {"weight_bits": 16, "activation_bits": 16},
+    "rtn-w6a8": RTN | {"weight_bits": 6},
+    "rtn-w6a16": RTN | {"weight_bits": 6, "activation_bits": 16},
+    "htg-w6a8": HTG | {"weight_bits": 6},
     "htg-w8a8": HTG,
     "htg-w4a8": HTG | {"weight_bits": 4},
     "htg-w16a16": HTG | {"weight_bits": 16, "activation_bits": 16},
@@ -305,6 +308,15 @@ def test_a_w4_linear_takes_half_a_byte_a_weight(saved, dit_folder):
     full, quantized = load_file(weights_file(dit_folder)), load_file(weights_file(saved["rtn-w4a8"][0]))
     for name in saved_config(saved["rtn-w4a8"][0])["result"]["linears"]:
         assert quantized[f"{name}.weight"].nbytes * 2 == full[f"{name}.weight"].numel()
+
+
+def test_a_w6_linear_takes_three_quarters_of_a_byte_a_weight_in_the_file_and_one_in_memory(saved, dit_folder):
+    folder, _, _ = saved["htg-w6a8"]
+    full, quantized, model = load_file(weights_file(dit_folder)), load_file(weights_file(folder)), load(folder)
+    for name in saved_config(folder)["result"]["linears"]:
+        assert quantized[f"{name}.weight"].nbytes * 4 == full[f"{name}.weight"].numel() * 3
+        weight = model.get_submodule(name).weight
+        assert weight.dtype == torch.int8 and -32 <= int(weight.min()) < -8 and 7 < int(weight.max()) <= 31
 
 
 # Damaged files

@@ -15,11 +15,12 @@ def test_a_folder_is_inspected_as_the_model_is(tmp_path):
     assert report.method == "rtn"
 
 
-def test_bytes_are_those_of_the_file(tmp_path):
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_bytes_are_those_of_the_file(bits):
     pipe = tiny_pipeline()
-    report = dq.quantize(pipe, dq.DQConfig("rtn", weight_bits=4), progress=False)
+    report = dq.quantize(pipe, dq.DQConfig("rtn", weight_bits=bits), progress=False)
     row = next(row for row in report.linears if row.name.endswith("blocks.0.ff.net.2"))
-    assert row.nbytes == 128 * 32 // 2 + 32 * 4 + 32 * 4  # int4 weight, fp32 scales, fp32 bias
+    assert row.nbytes == 128 * 32 * bits // 8 + 32 * 4 + 32 * 4  # packed weight, fp32 scales, fp32 bias
 
 
 def test_what_is_no_quantized_model():

@@ -8,7 +8,7 @@ from ._library import announce, backend
 from .w4a8 import linear_w4a8
 from .w8a8 import linear_w8a8
 from .weight_only import linear_w4a16, linear_w8a16
-from .packing import pack_int4, unpack_int4
+from .packing import pack_int4, pack_int6, unpack_int4, unpack_int6
 from .quantize import quantize_dynamic, quantize_static
 
 __all__ = [
@@ -19,7 +19,9 @@ __all__ = [
     "linear_w8a8",
     "linear_w8a16",
     "pack_int4",
+    "pack_int6",
     "quantize_dynamic",
     "quantize_static",
     "unpack_int4",
+    "unpack_int6",
 ]

@@ -31,7 +31,7 @@ def run_python(code: str, **environment: str) -> str:
 
 def test_public_names() -> None:
     public = set(diffusers_dq_kernels.__all__)
-    assert public == {*OPS, "announce", "backend", "pack_int4", "unpack_int4"}
+    assert public == {*OPS, "announce", "backend", "pack_int4", "pack_int6", "unpack_int4", "unpack_int6"}
     assert all(getattr(diffusers_dq_kernels, name) for name in public)
 
 

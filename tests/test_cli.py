@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line, from end to end at sizes where nothing takes time."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from diffusers_dq.benchmark import plan
+from diffusers_dq.benchmark.variants import VARIANTS
+from diffusers_dq.cli import app
+
+runner = CliRunner()
+TINY = "--layers 1 --heads 2 --head-dim 32 --tokens 16 --batch 1 --rounds 1 --device cpu".split()
+
+
+def run(*arguments, exit_code=0):
+    result = runner.invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == exit_code, result.output + str(result.exception)
+    return result.output
+
+
+def test_the_dry_run_goes_through_everything_and_resumes(tmp_path):
+    output = tmp_path / "dry.json"
+    text = run("benchmark", "all", "--dry-run", "--output", output)
+    content = json.loads(output.read_text())
+    groups = {(group["kind"], group["name"]): group for group in content["groups"]}
+    assert len(groups) == len(plan.dry_plan())
+    assert not [group["failed"] for group in groups.values() if "failed" in group]
+    headline = groups["step", "dit-512"]["rows"]
+    assert {row["name"] for row in headline} == set(VARIANTS)
+    assert all("median_ms" in row for row in headline if row["kind"] != "peer"), "ours and bf16 work everywhere"
+    assert content["about"]["settings"]["backend"] == "aot_eager"
+    assert all(bar["met"] is None for bar in content["bars"]), "tiny sizes prove nothing"
+    assert "not measured" in text and f"written: {output}" in text
+    again = run("benchmark", "all", "--dry-run", "--output", output, "--resume")
+    assert again.count("measured already") == len(groups)
+
+
+def test_a_budget_leaves_the_rest_for_later(tmp_path):
+    output = tmp_path / "dry.json"
+    text = run("benchmark", "all", "--dry-run", "--output", output, "--budget", -1)
+    assert "left for --resume: peak 128x128x128, gemm" in text
+
+
+def test_one_shape_one_model_and_one_pipeline(tmp_path, monkeypatch):
+    monkeypatch.setitem(plan.PEAK_SIZE, "cpu", 64)
+    monkeypatch.setattr("diffusers_dq.benchmark.compiling.compile_options", lambda settings, **options: {})
+    run("benchmark", "gemm", "32x16x16", "--rounds", 1, "--device", "cpu", "--output", tmp_path / "gemm.json")
+    step = ("step", "dit-256", "--contestant", "RTN W8A8 dynamic", "--mode", "eager")
+    monkeypatch.setattr(torch, "compile", lambda call, **options: call)
+    run("benchmark", *step, *TINY, "--output", tmp_path / "step.json")
+    run("benchmark", "pipeline", "dit-256", "--steps", 1, *TINY, "--output", tmp_path / "pipeline.json")
+    groups = [json.loads((tmp_path / f"{name}.json").read_text())["groups"] for name in ("gemm", "step", "pipeline")]
+    assert [group[-1]["name"] for group in groups] == ["32x16x16", "dit-256", "dit-256"]
+    assert [row["mode"] for row in groups[1][-1]["rows"]] == ["eager", "compiled", "eager"], "bf16 runs in both"
+    assert all(row["latents_per_second"] > 0 for row in groups[2][-1]["rows"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["step", "sdxl"], "no benchmark model 'sdxl'; known: dit-512"),
+        (["step", "dit-256", "--tokens", "7"], "tokens must be a square number"),
+        (["step", "dit-256", "--contestant", "GGUF"], "no contestant named GGUF"),
+        (["step", "dit-256", "--mode", "fast"], "mode must be eager or compiled, got fast"),
+        (["gemm", "12x13"], "a shape is MxNxK"),
+        (["pipeline", "flux"], "the pipeline benchmark knows DiT"),
+        (["all", "--device", "tpu"], "device must be cpu or cuda, got 'tpu'"),
+    ],
+)
+def test_a_mistake_is_a_message_and_nothing_is_measured(arguments, message):
+    text = run("benchmark", *arguments, exit_code=2)
+    assert f"error: {message}" in text
+    assert "Traceback" not in text
+
+
+def test_the_report_goes_into_the_readme_it_is_given(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- benchmarks: begin (generated) -->\n<!-- benchmarks: end -->\n")
+    (tmp_path / "old.json").write_text("{}")
+    text = run("benchmark", "report", "--results", tmp_path, "--readme", readme)
+    assert "no step measured: no plot" in text and "not shown: old.json" in text
+    assert "Nothing yet" in readme.read_text()
+
+
+def test_help_names_the_commands():
+    text = run("benchmark", "--help")
+    assert all(name in text for name in ("all", "gemm", "step", "pipeline", "report"))
