@@ -27,8 +27,10 @@ check: .venv/installed ## what a commit must pass: lint, types, import contracts
 style: .venv/installed ## reformat
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
-benchmark: .venv/installed ## a DiT-XL/2-wide transformer step, int8 against floating point, on this machine
-	$(BIN)/python kernels/benchmarks/transformer_step.py
+benchmark: .venv/installed ## int8 against floating point and the peers on this machine; kernels/README.md from the results
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[benchmark]'
+	$(BIN)/diffusers-dq benchmark all
+	$(BIN)/diffusers-dq benchmark report
 
 clean:
 	rm -rf .venv build dist demo_output *.egg-info

@@ -12,7 +12,7 @@ from diffusers_dq.benchmark.variants import VARIANTS
 from diffusers_dq.cli import app
 
 runner = CliRunner()
-TINY = "--layers 1 --heads 2 --head-dim 32 --tokens 16 --batch 1 --rounds 1 --device cpu".split()
+TINY = ("--layers", 1, "--heads", 2, "--head-dim", 32, "--tokens", 16, "--batch", 1, "--rounds", 1, "--device", "cpu")
 
 
 def run(*arguments, exit_code=0):
@@ -21,6 +21,7 @@ def run(*arguments, exit_code=0):
     return result.output
 
 
+@pytest.mark.slow
 def test_the_dry_run_goes_through_everything_and_resumes(tmp_path):
     output = tmp_path / "dry.json"
     text = run("benchmark", "all", "--dry-run", "--output", output)
@@ -46,10 +47,9 @@ def test_a_budget_leaves_the_rest_for_later(tmp_path):
 
 def test_one_shape_one_model_and_one_pipeline(tmp_path, monkeypatch):
     monkeypatch.setitem(plan.PEAK_SIZE, "cpu", 64)
-    monkeypatch.setattr("diffusers_dq.benchmark.compiling.compile_options", lambda settings, **options: {})
+    monkeypatch.setattr(torch, "compile", lambda call, **options: call)
     run("benchmark", "gemm", "32x16x16", "--rounds", 1, "--device", "cpu", "--output", tmp_path / "gemm.json")
     step = ("step", "dit-256", "--contestant", "RTN W8A8 dynamic", "--mode", "eager")
-    monkeypatch.setattr(torch, "compile", lambda call, **options: call)
     run("benchmark", *step, *TINY, "--output", tmp_path / "step.json")
     run("benchmark", "pipeline", "dit-256", "--steps", 1, *TINY, "--output", tmp_path / "pipeline.json")
     groups = [json.loads((tmp_path / f"{name}.json").read_text())["groups"] for name in ("gemm", "step", "pipeline")]

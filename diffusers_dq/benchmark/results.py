@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The results file: what was measured, on what, group by group, as it is measured."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+FORMAT_VERSION = 1
+Row = dict[str, Any]
+Group = dict[str, Any]
+
+_OF_ANOTHER_RUN = ("hardware", "device", "threads", "versions", "commit", "settings")
+
+
+@dataclass
+class Results:
+    """path: where `add` writes; None keeps the results in memory.
+    groups: each {"kind", "name", "settings", "rows", ...}; a row is one contestant's, with its times or "failed".
+    """
+
+    about: dict[str, Any]
+    path: Path | None = None
+    groups: list[Group] = field(default_factory=list)
+    bars: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, group: Group) -> None:
+        """Takes the place of an earlier group of the same part, and writes the file."""
+        key = _key(group)
+        self.groups = [other for other in self.groups if _key(other) != key] + [group]
+        self.save()
+
+    def holds(self, kind: str, name: str, settings: Mapping[str, Any]) -> bool:
+        """Whether that part has been measured, and did not fail as a whole."""
+        key = _key({"kind": kind, "name": name, "settings": dict(settings)})
+        return any(_key(group) == key and "failed" not in group for group in self.groups)
+
+    def of(self, kind: str) -> Iterator[Group]:
+        return (group for group in self.groups if group["kind"] == kind)
+
+    def int8_peak(self) -> float | None:
+        """TOP/s, as the group "peak" of this run defines it; None before it has been measured."""
+        return next((group.get("int8_tops") for group in self.of("peak")), None)
+
+    def save(self) -> None:
+        """All or nothing: a reader, or a crash, never meets half a file."""
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        content = {"format_version": FORMAT_VERSION, "about": self.about, "bars": self.bars, "groups": self.groups}
+        half = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
+        try:
+            half.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+            half.replace(self.path)
+        finally:
+            half.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: Path) -> "Results":
+        """Raises ValueError for a file that is not a results file of this format."""
+        try:
+            content = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON ({error}); measure again without --resume") from None
+        version = content.get("format_version") if isinstance(content, dict) else None
+        if version != FORMAT_VERSION:
+            raise ValueError(
+                f"{path} has format_version {version!r}, expected {FORMAT_VERSION}; measure again without --resume"
+            )
+        return cls(content["about"], path, content["groups"], content["bars"])
+
+    @classmethod
+    def resume(cls, path: Path, about: dict[str, Any]) -> "Results":
+        """What the file holds, to be continued; an empty one where there is no file.
+
+        Raises ValueError where the file was measured on other hardware, software or settings.
+        """
+        if not path.exists():
+            return cls(about, path)
+        earlier = cls.load(path)
+        for key in _OF_ANOTHER_RUN:
+            if earlier.about.get(key) != about.get(key):
+                raise ValueError(
+                    f"{path} cannot be resumed: its {key} is {earlier.about.get(key)!r}, now it is {about.get(key)!r}."
+                    " Give the same options on the same machine, another --output, or leave --resume out"
+                )
+        return earlier
+
+
+def _key(group: Mapping[str, Any]) -> str:
+    return json.dumps([group["kind"], group["name"], group["settings"]], sort_keys=True)
