@@ -11,8 +11,8 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 
+import diffusers_dq_kernels as ops
 from diffusers_dq.scheme import QuantScheme
-from diffusers_dq_kernels.attention import attention_int8
 
 OPERANDS = ("query", "key", "value", "probability")
 SAMPLED_QUERIES = 8
@@ -46,8 +46,8 @@ class QuantizedAttnProcessor:
         query, key, value = (
             split_heads(projection(hidden_states), attn.heads) for projection in (attn.to_q, attn.to_k, attn.to_v)
         )
-        scales = (getattr(attn, f"{name}_scale") for name in OPERANDS)
-        output = attention_int8(query, key, value, *scales, attn.scale, self.bits)  # [B, H, N, D]
+        scales = (getattr(attn, f"{name}_scale").float() for name in OPERANDS)  # model.to(dtype) casts them as well
+        output = ops.attention_int8(query, key, value, *scales, attn.scale, self.bits)  # [B, H, N, D]
         merged = output.transpose(1, 2).flatten(2)  # [B, N, H D]
         return attn.to_out[1](attn.to_out[0](merged)) / attn.rescale_output_factor
 

@@ -105,13 +105,13 @@ def _quantized_row(name: str, module: QuantizedLinear, note: str) -> LinearRepor
     layout = module.layout
     backend, slow = backend_of(layout, module.weight.device.type)
     tensors = [*module.parameters(), *(tensor for _, tensor in module.tables())]
-    packed = module.weight.nbytes // 4 if layout.weight_bits == 6 else 0  # int8 in memory, three bytes of four in a file
+    saved = module.weight.nbytes // 4 if layout.weight_bits == 6 else 0  # a file packs what is int8 in memory
     return LinearReport(
         name=name,
         bits=f"W{layout.weight_bits}A{layout.activation_bits}",
         granularity=_granularity(layout),
         groups=max(layout.bias_groups, layout.range_groups, layout.shift_groups),
-        nbytes=sum(tensor.nbytes for tensor in tensors) - packed,
+        nbytes=sum(tensor.nbytes for tensor in tensors) - saved,
         backend=backend,
         reason="; ".join(part for part in (note, slow) if part),
     )
@@ -119,8 +119,10 @@ def _quantized_row(name: str, module: QuantizedLinear, note: str) -> LinearRepor
 
 def _attention_row(name: str, module: nn.Module, processor: QuantizedAttnProcessor) -> LinearReport:
     nbytes = sum(tensor.nbytes for tensor in module.buffers(recurse=False))
-    slow = "QK^T and AV: exact integers as fp32 numbers, slower than a fused attention kernel"
-    return LinearReport(name, f"A{processor.bits}", "static, a tensor", 1, nbytes, "torch", slow)
+    device = next((parameter.device.type for parameter in module.parameters()), "cpu")
+    backend, slow = ops.backend("attention_int8", device)
+    reason = "; ".join(filter(None, ("QK^T and AV over integers, softmax in fp32", slow)))
+    return LinearReport(name, f"A{processor.bits}", "static, a tensor", 1, nbytes, backend, reason)
 
 
 def _granularity(layout: LinearLayout) -> str:

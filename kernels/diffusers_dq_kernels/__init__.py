@@ -5,6 +5,7 @@ Importing this registers `torch.ops.diffusers_dq.*`. It needs torch; Triton is o
 """
 
 from ._library import announce, backend
+from .attention import attention_int8
 from .w4a8 import linear_w4a8
 from .w8a8 import linear_w8a8
 from .weight_only import linear_w4a16, linear_w8a16
@@ -13,6 +14,7 @@ from .quantize import quantize_dynamic, quantize_static
 
 __all__ = [
     "announce",
+    "attention_int8",
     "backend",
     "linear_w4a8",
     "linear_w4a16",

@@ -13,6 +13,7 @@ from diffusers_dq_kernels import _library, announce, backend
 
 PACKAGE = Path(diffusers_dq_kernels.__file__).parent
 OPS = (
+    "attention_int8",
     "linear_w4a16",
     "linear_w4a8",
     "linear_w8a16",
