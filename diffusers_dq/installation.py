@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from diffusers_dq import attention
+from diffusers_dq import attention, fusion
 from diffusers_dq.denoise import TimestepArgument
 from diffusers_dq.linear import LinearLayout, QuantizedLinear
 from diffusers_dq.timesteps import TimestepGroups
@@ -131,6 +131,7 @@ def install(
         if select is not None:
             model.register_buffer(BOUNDARIES, boundaries)
             model.register_forward_pre_hook(select, with_kwargs=True)
+        fusion.fuse(model)
     except BaseException:
         _remove_selection(model)
         for name, processor in processors.items():
@@ -143,6 +144,7 @@ def install(
 def uninstall(model: nn.Module, description: Description) -> None:
     """Undo `install` except for the layers: hook, buffers, shared modules, attention processors."""
     _remove_selection(model)
+    fusion.unfuse(model)
     for copied, original in description.tied.items():
         model.set_submodule(copied, copy.deepcopy(model.get_submodule(original)))
     for name in description.attention:
@@ -162,7 +164,7 @@ def _remove_selection(model: nn.Module) -> None:
 
 def repeated_blocks(model: nn.Module) -> list[str]:
     """Class names of the members of the model's outermost module lists: diffusers names none for DiT and PixArt."""
-    names = set()
+    names: set[str] = set()
     for child in model.children():
         if isinstance(child, nn.ModuleList):
             names.update(type(block).__name__ for block in child)

@@ -86,6 +86,8 @@ class LinearLayout:
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
 
 
+_ROUNDED = "_diffusers_dq_rounded"  # attribute of an activation while torch.compile traces
+
 # What a layer does to its input, besides its layout.
 _INPUT_TABLES = ("input_scale", "input_zero_point", "input_inv_smooth", "input_shift")
 
@@ -93,8 +95,8 @@ _INPUT_TABLES = ("input_scale", "input_zero_point", "input_inv_smooth", "input_s
 class QuantizedLinear(nn.Linear):
     """y = dequantize(Q(T_g(x)) Q(W')^T) + b'_g, with T_g, W', b'_g as transforms/base.py defines them.
 
-    weight: Parameter, int8 [N, K] (8 and 6 bits), packed uint8 [N, K / 2] (4 bits, packing.py), or floating point where
-    not rounded.
+    weight: Parameter, int8 [N, K] for 8 and 6 bits, packed uint8 [N, K / 2] for 4 (packing.py), or floating point
+    where not rounded.
     bias: Parameter [N] or None; with timestep groups it gives way to `bias_groups` [G, N].
     Buffers, fp32 whatever the model is cast to (fp64 where an fp64 weight is not rounded): weight_scale [N];
     input_scale [1 or G] and input_zero_point int32 of a static scheme; input_inv_smooth [K] and
@@ -215,6 +217,38 @@ class QuantizedLinear(nn.Linear):
             self._shared_input.keep(x, self.groups.index, found)
         return found
 
+    def rounded_norm(self, hidden_states: Tensor, norm: nn.LayerNorm, scale: Tensor, shift: Tensor) -> RoundedInput:
+        """`rounded` of LN(hidden_states) (1 + scale) + shift, without writing that out.
+
+        hidden_states: [B, T, K].   scale, shift: [B, K].
+        """
+        return self._round_norm(hidden_states, norm, scale, shift, keep=False)[1]
+
+    def shared_norm(self, hidden_states: Tensor, norm: nn.LayerNorm, scale: Tensor, shift: Tensor) -> Tensor:
+        """LN(hidden_states) (1 + scale) + shift, which all who share this layer's input find rounded already.
+
+        Shapes as in `rounded_norm`.   Returns [B, T, K], of the dtype of hidden_states.
+        """
+        x, rounded = self._round_norm(hidden_states, norm, scale, shift, keep=True)
+        if torch.compiler.is_compiling():
+            setattr(x, _ROUNDED, (self, rounded, self.readers))
+        else:
+            self._shared_input = self._shared_input or SharedInput()
+            self._shared_input.keep(x, self.groups.index, rounded)
+        return x
+
+    def _round_norm(
+        self, h: Tensor, norm: nn.LayerNorm, scale: Tensor, shift: Tensor, keep: bool
+    ) -> tuple[Tensor, RoundedInput]:
+        group, layout = self._group(h.device), self.layout
+        transform = (group, self.input_shift, self.input_inv_smooth, layout.activation_bits)
+        normed = (h, "layer", norm.eps, norm.weight, norm.bias, scale, shift, keep)
+        if layout.static:
+            integers, x = ops.norm_quantize_static(*normed, self.input_scale, self.input_zero_point, *transform)
+            return x, RoundedInput(integers, None)
+        integers, tokens, x = ops.norm_quantize_dynamic(*normed, *transform)
+        return x, RoundedInput(integers, tokens)
+
     def _rounded_in_graph(self, x: Tensor) -> RoundedInput:
         """The same while torch.compile traces, which carries Python attributes of intermediate tensors along.
 
@@ -222,14 +256,14 @@ class QuantizedLinear(nn.Linear):
         takes the attribute back, so that it does not outlive the graph on a tensor that came from outside.
         """
         first = self._first_reader[0] if self._first_reader else self
-        if first.readers == 1 or first.partition.device != x.device:
-            return self._round(x, self._group(x.device))
-        kept = getattr(x, "_diffusers_dq_rounded", None)
+        kept = getattr(x, _ROUNDED, None)
         if kept is None or kept[0] is not first:
+            if first.readers == 1 or first.partition.device != x.device:
+                return self._round(x, self._group(x.device))
             kept = (first, first._round(x, self._group(x.device)), first.readers)
         rounded: RoundedInput = kept[1]
         left = kept[2] - 1
-        x._diffusers_dq_rounded = (first, rounded, left) if left else None  # type: ignore[attr-defined]
+        setattr(x, _ROUNDED, (first, rounded, left) if left else None)
         return rounded
 
     def _group(self, device: torch.device) -> Tensor:

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Transformer blocks that round where a value is made, instead of writing it out and reading it back.
+
+diffusers' blocks normalise, modulate, activate, gate and add in operations of their own, and each goes over memory. A
+fused forward computes the same from the same modules and parameters, on kernels that do all of it while they round.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers.models.activations import GELU
+from diffusers.models.attention import BasicTransformerBlock
+from torch import Tensor, nn
+
+from diffusers_dq.linear import QuantizedLinear
+
+_unfused: Callable[..., Tensor] = (
+    BasicTransformerBlock.forward
+)  # Dynamo traces the function, not the class's attribute
+
+
+def fuse(model: nn.Module) -> None:
+    """Give every block that has a fused forward that forward. It falls back to the block's own where it must."""
+    for module in model.modules():
+        if _is_adaln_zero(module) and "forward" not in vars(module):
+            module.forward = partial(_adaln_zero_block, module)  # not a method: pickle finds those by their name
+
+
+def unfuse(model: nn.Module) -> None:
+    for module in model.modules():
+        forward = vars(module).get("forward")
+        if isinstance(forward, partial) and forward.func is _adaln_zero_block:
+            del module.forward
+
+
+def _is_adaln_zero(module: nn.Module) -> bool:
+    return type(module) is BasicTransformerBlock and module.norm_type == "ada_norm_zero"
+
+
+def _adaln_zero_block(block: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """DiT's block: LN, modulate, attention, gate, add; LN, modulate, GELU MLP, gate, add.
+
+    hidden_states: [B, T, C].   Arguments as in BasicTransformerBlock.forward.
+    """
+    if not _fuses(block, hidden_states, kwargs) or args:
+        return _unfused(block, hidden_states, *args, **kwargs)
+    embedding = block.norm1.emb(kwargs["timestep"], kwargs["class_labels"], hidden_dtype=hidden_states.dtype)
+    modulation = block.norm1.linear(block.norm1.silu(embedding))  # [B, 6 C]
+    shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)
+
+    x = block.attn1.to_q.shared_norm(hidden_states, block.norm1.norm, scale_msa, shift_msa)
+    attention = block.attn1(x, attention_mask=kwargs.get("attention_mask"))
+    hidden_states = torch.addcmul(hidden_states, gate_msa[:, None], attention)
+
+    up, down, dtype = block.ff.net[0].proj, block.ff.net[2], hidden_states.dtype
+    rounded = up.rounded_norm(hidden_states, block.norm3, scale_mlp, shift_mlp)
+    activated = up.product(rounded, dtype, activation="gelu_tanh")
+    return down.product(down.rounded(activated), dtype, gate=gate_mlp[:, None], residual=hidden_states)
+
+
+def _fuses(block: Any, hidden_states: Tensor, kwargs: dict[str, Any]) -> bool:
+    """Whether the fused forward computes what the block's own would: no part replaced, hooked or used otherwise."""
+    given = {name for name, value in kwargs.items() if value is not None}
+    up = block.ff.net[0]
+    return (
+        given <= {"attention_mask", "timestep", "class_labels"}
+        and {"timestep", "class_labels"} <= given
+        and hidden_states.ndim == 3
+        and block.attn2 is None
+        and block.pos_embed is None
+        and block._chunk_size is None
+        and not block.training
+        and block.norm1.emb is not None
+        and type(up) is GELU
+        and up.approximate == "tanh"
+        and all(_rounds(linear) for linear in (block.attn1.to_q, up.proj, block.ff.net[2]))
+        and all(_unhooked(module) for module in (block.norm1, block.norm1.norm, block.norm3, block.ff, up))
+    )
+
+
+def _rounds(linear: nn.Module) -> bool:
+    if type(linear) is not QuantizedLinear or not _unhooked(linear):
+        return False
+    return linear.layout.static or linear.layout.per_token
+
+
+def _unhooked(module: nn.Module) -> bool:
+    """Whether calling the module is no more than its forward: offloading and observers hook in."""
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
