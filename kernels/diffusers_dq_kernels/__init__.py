@@ -6,24 +6,35 @@ Importing this registers `torch.ops.diffusers_dq.*`. It needs torch; Triton is o
 
 from ._library import announce, backend
 from .attention import attention_int8
+from .fused_quantize import gelu_quantize_dynamic, gelu_quantize_static, norm_quantize_dynamic, norm_quantize_static
+from .grouped import linear_grouped
+from .hadamard import hadamard_matrix, rotation_order
+from .packing import pack_int4, pack_int6, unpack_int4, unpack_int6
+from .quantize import quantize_dynamic, quantize_grouped, quantize_static
 from .w4a8 import linear_w4a8
 from .w8a8 import linear_w8a8
 from .weight_only import linear_w4a16, linear_w8a16
-from .packing import pack_int4, pack_int6, unpack_int4, unpack_int6
-from .quantize import quantize_dynamic, quantize_static
 
 __all__ = [
     "announce",
     "attention_int8",
     "backend",
+    "gelu_quantize_dynamic",
+    "gelu_quantize_static",
+    "hadamard_matrix",
+    "linear_grouped",
     "linear_w4a8",
     "linear_w4a16",
     "linear_w8a8",
     "linear_w8a16",
+    "norm_quantize_dynamic",
+    "norm_quantize_static",
     "pack_int4",
     "pack_int6",
     "quantize_dynamic",
+    "quantize_grouped",
     "quantize_static",
+    "rotation_order",
     "unpack_int4",
     "unpack_int6",
 ]

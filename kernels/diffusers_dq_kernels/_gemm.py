@@ -3,7 +3,7 @@
 # mypy: disable-error-code="no-untyped-def"
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,35 +11,33 @@ from torch import Tensor
 from ._arguments import expect, rows_of
 from ._epilogue import Epilogue
 from ._library import announce
+from ._tiles import GENERIC, Tile, known_ops, look_up, table_name
 from ._triton import jit, tl, triton
 
 __all__ = [
     "RAGGED",
     "Tile",
     "TileTable",
+    "capability",
     "check_integer_operands",
     "check_weight",
     "launch",
+    "pick_tile",
+    "table_of",
     "tile_index",
     "tiles_for",
 ]
 
 
-class Tile(NamedTuple):
-    """What one program computes, and with how much hardware."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-
-
 # Compute capability -> (largest M, tile) with M rising. A capability that is not listed takes the next lower one.
+# For kernels whose tiles do not depend on N and K; the linears' tables are files, see _tiles.py.
 TileTable = dict[tuple[int, int], tuple[tuple[float, Tile], ...]]
 
 # For sizes or strides that are not multiples of 16: loads of single bytes, which make larger tiles spill registers.
 RAGGED = Tile(32, 64, 32, 8, 2)
+
+# The largest BLOCK_K of the tables: no tile has a tail in a K that is a multiple of it.
+_WHOLE_K = 128
 
 # Programs of GROUP_M row blocks that follow one another read the same columns of the weight from L2.
 _GROUP_M = 8
@@ -84,7 +82,7 @@ def tile_index(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.c
 def launch(
     op_name: str,
     kernel: Any,
-    tiles: TileTable,
+    tiles: str | TileTable,
     x: Tensor,
     weight: Tensor,
     epilogue: Epilogue,
@@ -93,6 +91,7 @@ def launch(
 ) -> Tensor:
     """Run one of the kernels: they take the same arguments, and some of them `extra` ones.   Returns [..., N].
 
+    tiles: the name of an op in the tables of _tiles.py.
     largest_block_k: of a product that has to change something every so many columns.
     """
     rows = rows_of(x)
@@ -103,7 +102,7 @@ def launch(
     if y.numel() == 0:
         return y
     if _is_aligned(rows) and _is_aligned(weight):
-        tile = pick_tile(tiles, capability(x.device), M)
+        tile = _tile(op_name, tiles, rows, weight, epilogue)
     else:
         announce(op_name, "K or a stride is not a multiple of 16: loads of single bytes, slower")
         tile = RAGGED
@@ -131,6 +130,25 @@ def launch(
             num_stages=tile.num_stages,
         )
     return y
+
+
+def _tile(op_name: str, tiles: str | TileTable, x: Tensor, weight: Tensor, epilogue: Epilogue) -> Tile:
+    n, (m, k) = len(weight), x.shape
+    if not isinstance(tiles, str):
+        if op_name not in known_ops():
+            return pick_tile(tiles, capability(x.device), m)
+        tiles = op_name
+    # One by one stored values take registers: then the tile of the weakest GPU.
+    compute_capability = GENERIC if n % 16 else capability(x.device)
+    return look_up(table_of(tiles, k, epilogue), compute_capability, m, n, k)
+
+
+def table_of(op_name: str, k: int, epilogue: Epilogue) -> str:
+    """The `table_name` of a product with this K and epilogue."""
+    finish = "gelu" if epilogue.activation == "gelu_tanh" else ""
+    if epilogue.gate is not None or epilogue.residual is not None or k % _WHOLE_K:
+        finish = "residual"
+    return table_name(op_name, epilogue.out_dtype == torch.float32, finish)
 
 
 def tiles_for(tiles: TileTable, compute_capability: tuple[int, int]) -> tuple[tuple[float, Tile], ...]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layouts of saved files, and int4 weights of two levels. N out_features, K in_features, groups of g input channels.
+"""The layouts of saved files, and int4 weights of two levels. N out_features, K in_features in groups of g.
 
 int4: two's complement nibbles, two a byte along K, the even k in the low nibble.
 
@@ -15,9 +15,9 @@ Two levels (QServe, arXiv 2405.04532): an integer times q makes the int8 weight,
 import torch
 from torch import Tensor
 
+from ._groups import group_size, multiply_groups
+
 __all__ = [
-    "group_size",
-    "multiply_groups",
     "pack_int4",
     "pack_int6",
     "pack_two_level",
@@ -26,7 +26,7 @@ __all__ = [
     "unpack_int6",
 ]
 
-LARGEST_MULTIPLIER = 16
+_LARGEST_MULTIPLIER = 16
 
 
 def pack_int4(q: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ def unpack_int4(packed: Tensor) -> Tensor:
 def pack_int6(q: Tensor) -> Tensor:
     """q: [N, K] int8 in [-32, 31], K a multiple of 4.   Returns [N, 3 K / 4] uint8."""
     _check_values("pack_int6", q, 4, "K a multiple of 4", -32, 31)
-    a, b, c, d = (q.reshape(len(q), -1, 4).view(torch.uint8) & 63).unbind(2)
+    a, b, c, d = (q.view(torch.uint8)[:, i::4] & 63 for i in range(4))
     return torch.stack([a | (b << 6), (b >> 2) | (c << 4), (c >> 4) | (d << 2)], 2).flatten(1)
 
 
@@ -58,7 +58,7 @@ def unpack_int6(packed: Tensor) -> Tensor:
         raise ValueError(
             f"unpack_int6: expected uint8 [N, 3 K / 4], a multiple of 3, got {packed.dtype} {list(packed.shape)}"
         )
-    a, b, c = packed.reshape(len(packed), -1, 3).unbind(2)
+    a, b, c = (packed[:, i::3] for i in range(3))
     high = torch.stack([a << 2, (a >> 4) | (b << 4), (b >> 2) | (c << 6), c], 2)  # each in the upper six bits
     return high.flatten(1).view(torch.int8).bitwise_right_shift_(2)
 
@@ -73,20 +73,10 @@ def _check_values(name: str, q: Tensor, multiple: int, expected: str, low: int, 
 # Two levels
 
 
-def group_size(name: str, of_groups: Tensor, k: int) -> int:
-    """of_groups: [..., K / g].   Returns g; ValueError unless it is a multiple of 32 that divides K."""
-    groups = of_groups.shape[-1] if of_groups.dim() else 0
-    if groups == 0 or k % groups or k // groups % 32:
-        sizes = [size for size in range(32, k + 1, 32) if k % size == 0]
-        known = f"a group size of {', '.join(map(str, sizes))}" if sizes else "no group size (K must be a multiple of 32)"
-        raise ValueError(f"{name}: K = {k} input channels allow {known}, got {groups} groups; round with one of these")
-    return k // groups
-
-
 def split_multipliers(weight_scales: Tensor) -> tuple[Tensor, Tensor]:
-    """weight_scales: [N, K / g] float, >= 0.   Returns (multiplier [N, K / g] int8 in 1 to 16, channel scale [N] fp32).
+    """weight_scales: [N, K / g] float, not negative.   Returns ([N, K / g] int8 in 1 to 16, [N] fp32).
 
-    multiplier * channel scale stands for the scale of a group. The largest scale of a channel is kept exactly, as 16;
+    Multiplier * channel scale stands for the scale of a group. The largest scale of a channel is kept exactly, as 16;
     any other moves by at most half a channel scale, which is 1/32 of the largest, or where it is below a half, by less
     than a whole one, upwards: a group never loses range to a step of zero.
     """
@@ -94,15 +84,9 @@ def split_multipliers(weight_scales: Tensor) -> tuple[Tensor, Tensor]:
         given = f"{weight_scales.dtype} {list(weight_scales.shape)}"
         raise ValueError(f"split_multipliers: expected float [N, K / g] with at least one group, got {given}")
     scales = weight_scales.float()
-    channel = scales.amax(1) / LARGEST_MULTIPLIER
+    channel = scales.amax(1) / _LARGEST_MULTIPLIER
     steps = scales / channel.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
-    return steps.round().clamp(1, LARGEST_MULTIPLIER).to(torch.int8), channel
-
-
-def multiply_groups(q: Tensor, multiplier: Tensor) -> Tensor:
-    """q: [N, K] int8.   multiplier: [N, K / g] int8.   Returns [N, K] int8: every value times that of its group."""
-    n, k = q.shape
-    return (q.reshape(n, multiplier.shape[1], -1) * multiplier[:, :, None]).view(n, k)
+    return steps.round().clamp(1, _LARGEST_MULTIPLIER).to(torch.int8), channel
 
 
 def pack_two_level(q: Tensor, multiplier: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,7 +99,7 @@ def pack_two_level(q: Tensor, multiplier: Tensor) -> tuple[Tensor, Tensor]:
         given = f"{multiplier.dtype} {list(multiplier.shape)}"
         raise ValueError(f"pack_two_level: expected multiplier int8 [{len(q)}, K / g], got {given}")
     group_size("multiplier", multiplier, q.shape[1])
-    if multiplier.numel() and not 1 <= int(multiplier.min()) <= int(multiplier.max()) <= LARGEST_MULTIPLIER:
+    if multiplier.numel() and not 1 <= int(multiplier.min()) <= int(multiplier.max()) <= _LARGEST_MULTIPLIER:
         given = f"[{int(multiplier.min())}, {int(multiplier.max())}]"
-        raise ValueError(f"pack_two_level: expected multipliers in [1, {LARGEST_MULTIPLIER}], got {given}")
+        raise ValueError(f"pack_two_level: expected multipliers in [1, {_LARGEST_MULTIPLIER}], got {given}")
     return packed, multiply_groups(q, multiplier).sum(1, dtype=torch.int32)

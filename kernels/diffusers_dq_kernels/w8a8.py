@@ -2,14 +2,13 @@
 """int8 activations times int8 weights, accumulated in int32, and the epilogue of _epilogue.py."""
 # mypy: disable-error-code="no-untyped-def"
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._epilogue import Epilogue, store_output
-from ._gemm import Tile, TileTable, check_integer_operands, launch, tile_index
+from ._gemm import check_integer_operands, launch, tile_index
 from ._int_matmul import compiles_on_cpu, int_mm_caveat, linear_compiled, linear_cpu
 from ._library import define_op
 from ._triton import jit, tl
@@ -94,19 +93,11 @@ def _linear_w8a8_kernel(
 
 # Launchers
 
-_SMALL = Tile(64, 64, 128, 4, 4)
-TILES: TileTable = {
-    (8, 0): ((64, _SMALL), (math.inf, Tile(128, 128, 64, 4, 4))),
-    (8, 9): ((64, _SMALL), (math.inf, Tile(128, 128, 64, 4, 4))),
-    (9, 0): ((64, _SMALL), (512, Tile(128, 128, 128, 8, 4)), (math.inf, Tile(128, 256, 128, 8, 4))),
-    (10, 0): ((64, _SMALL), (math.inf, Tile(128, 128, 128, 8, 4))),
-}
-
 
 def _linear_w8a8_triton(xq: Tensor, weight: Tensor, *parameters: Any) -> Tensor:
     epilogue = Epilogue(*parameters)
     check_integer_operands(xq, weight, torch.int8, epilogue)
-    return launch("linear_w8a8", _linear_w8a8_kernel, TILES, xq, weight, epilogue)
+    return launch("linear_w8a8", _linear_w8a8_kernel, "linear_w8a8", xq, weight, epilogue)
 
 
 # Registration

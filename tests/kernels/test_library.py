@@ -14,11 +14,17 @@ from diffusers_dq_kernels import _library, announce, backend
 PACKAGE = Path(diffusers_dq_kernels.__file__).parent
 OPS = (
     "attention_int8",
+    "gelu_quantize_dynamic",
+    "gelu_quantize_static",
+    "linear_grouped",
     "linear_w4a16",
     "linear_w4a8",
     "linear_w8a16",
     "linear_w8a8",
+    "norm_quantize_dynamic",
+    "norm_quantize_static",
     "quantize_dynamic",
+    "quantize_grouped",
     "quantize_static",
 )
 
@@ -32,7 +38,17 @@ def run_python(code: str, **environment: str) -> str:
 
 def test_public_names() -> None:
     public = set(diffusers_dq_kernels.__all__)
-    assert public == {*OPS, "announce", "backend", "pack_int4", "pack_int6", "unpack_int4", "unpack_int6"}
+    others = {
+        "announce",
+        "backend",
+        "hadamard_matrix",
+        "rotation_order",
+        "pack_int4",
+        "pack_int6",
+        "unpack_int4",
+        "unpack_int6",
+    }
+    assert public == {*OPS, *others}
     assert all(getattr(diffusers_dq_kernels, name) for name in public)
 
 
