@@ -100,25 +100,25 @@ class Epilogue(NamedTuple):
         return self._replace(input_scale=input_scale, gate=gate, residual=residual)
 
     def apply(self, acc: Tensor) -> Tensor:
-        """acc: [..., N] int32, or float, which may hold integers as well.   Returns [..., N] of out_dtype.
+        """acc: [..., N] int32, or float, which may hold integers as well; it is overwritten.
 
-        In fp64 from fp64, which is the reference, else in fp32.
+        Returns [..., N] of out_dtype, by way of fp64 from fp64, which is the reference, else by way of fp32.
         """
         if self.input_zero_point is not None and self.weight_sum is not None:
-            acc = acc - (table_row(self.input_zero_point, self.group).to(acc.dtype) * self.weight_sum.to(acc.dtype))
+            acc.sub_(table_row(self.input_zero_point, self.group).to(acc.dtype) * self.weight_sum.to(acc.dtype))
         if self.out_dtype == torch.int32:
             return acc.to(torch.int32)
         wide = torch.float64 if acc.dtype == torch.float64 else torch.float32
-        y = acc.to(wide) * self._scale(wide)
+        y = acc.to(wide).mul_(self._scale(wide))
         table = self.bias_table
         if table is not None:
-            y = y + table_row(table, self.group)[0]
+            y.add_(table_row(table, self.group)[0])
         if self.activation == "gelu_tanh":
             y = gelu_tanh(y)
         if self.gate is not None:
-            y = y * self.gate
+            y.mul_(self.gate)
         if self.residual is not None:
-            y = y + self.residual
+            y.add_(self.residual)
         return y.to(self.out_dtype)
 
     def _scale(self, wide: torch.dtype) -> Tensor:
@@ -182,7 +182,8 @@ def gate_rows(gate: Tensor, rows: int) -> tuple[Tensor, int]:
 
 def gelu_tanh(y: Tensor) -> Tensor:
     """F.gelu(y, approximate="tanh") by way of a sigmoid, which CPUs compute faster than tanh."""
-    return y * torch.sigmoid(y * (_TWICE_SQRT_2_OVER_PI + _TWICE_SQRT_2_OVER_PI * _CUBIC * y * y))
+    argument = (y * y).mul_(_TWICE_SQRT_2_OVER_PI * _CUBIC).add_(_TWICE_SQRT_2_OVER_PI).mul_(y)
+    return argument.sigmoid_().mul_(y)
 
 
 def _check_gate(gate: Tensor, lead: torch.Size, n: int) -> None:

@@ -15,7 +15,7 @@ from ._arguments import FLOATS, rows_of
 from ._epilogue import _gelu_tanh
 from ._input_transform import InputTransform, transform_tile
 from ._library import announce, define_op
-from ._producers import Norm, Producer, norm_tile
+from ._producers import Gelu, Norm, Producer, norm_tile
 from ._rounding import Rounded, Rounding, round_dynamic_tile, round_static_tile
 from ._triton import jit, tl
 from .hadamard import paley_channels, split_order
@@ -77,30 +77,33 @@ def _apply_plan_cpu(h: Tensor, plan: Plan) -> Results:
     if h.numel():
         samples, k = plan.producer.modulation_rows, h.shape[-1]
         rows = h.reshape(samples, -1, k)
-        each = rows.shape[1]
-        into = Rounded(*[t.view(samples, each, -1) for t in rounded if t is not None])
-        kept = x.view(rows.shape) if x is not None and plan.keep else None
-        step = max(1, _VALUES_AT_ONCE // k)
-        buffers = torch.empty((2, min(step * k, h.numel())), dtype=torch.float32, device=h.device)
+        each, step = rows.shape[1], max(1, _VALUES_AT_ONCE // k)
+        into = [t.view(samples, each, -1) for t in (*rounded, x if plan.keep else None) if t is not None]
         if samples * each <= step:
-            _apply_to_piece(rows, plan, buffers, into, kept, slice(None))
+            _apply_to_piece(plan, rows, slice(None), _buffers(plan, rows.shape), into)
         else:
+            flat = _buffers(plan, torch.Size((step * k,)))
             for piece in _pieces(samples, each, step):
-                part = Rounded(*[t[piece] for t in into if t is not None])
-                _apply_to_piece(rows[piece], plan, buffers, part, None if kept is None else kept[piece], piece[0])
+                part = rows[piece]
+                buffers = [buffer[: part.numel()].view(part.shape) for buffer in flat]
+                _apply_to_piece(plan, part, piece[0], buffers, [t[piece] for t in into])
     return _results(rounded, x)
 
 
-def _apply_to_piece(
-    rows: Tensor, plan: Plan, buffers: Tensor, into: Rounded, kept: Tensor | None, samples: slice
-) -> None:
-    """rows: [samples, rows of one, K].   buffers: [2, at least as many] fp32."""
-    u, spare = (buffer[: rows.numel()].view(rows.shape) for buffer in buffers)
-    plan.producer.apply_in_place(u.copy_(rows), spare, samples)
-    if kept is not None:
-        kept.copy_(u)
+def _buffers(plan: Plan, shape: torch.Size) -> list[Tensor]:
+    """One to work in and, where a step needs it, a spare one."""
+    spare = isinstance(plan.producer, Gelu) or plan.transform.rotation_signs is not None
+    return [torch.empty(shape, dtype=torch.float32, device=plan.transform.group.device) for _ in range(1 + spare)]
+
+
+def _apply_to_piece(plan: Plan, rows: Tensor, samples: slice, buffers: list[Tensor], into: list[Tensor]) -> None:
+    """rows: [samples, rows of one, K].   buffers: like rows.   into: results, x at the end."""
+    u, spare = buffers[0].copy_(rows), buffers[-1]
+    plan.producer.apply_in_place(u, spare, samples)
+    if plan.keep:
+        into.pop().copy_(u)
     u = plan.transform.apply_in_place(u, spare)
-    plan.rounding.apply_in_place(u, plan.transform.group, into)
+    plan.rounding.apply_in_place(u, plan.transform.group, Rounded(*into))
 
 
 def _pieces(samples: int, each: int, step: int) -> Iterator[tuple[slice, slice]]:

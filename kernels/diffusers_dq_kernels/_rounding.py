@@ -100,24 +100,24 @@ class Rounding(NamedTuple):
             offset = int(table_row(self.zero_point, group))
             into.q.copy_((u.add_(offset) if offset else u).clamp_(low, high))
             return
-        v = u.unflatten(-1, (-1, self.group_size or u.shape[-1]))
-        least, most = v.amin(-1), v.amax(-1)
+        v = u if self.group_size is None else u.view(*u.shape[:-1], -1, self.group_size)
+        least, most = v.amin(-1, keepdim=True), v.amax(-1, keepdim=True)
         zero_point = None
         if self.symmetric:
             low = -high
-            scale = torch.maximum(most, -least).div_(high).clamp_min_(_TINY)
+            scale = torch.maximum(most, least.neg_()).div_(high).clamp_min_(_TINY)
         else:
             least.clamp_max_(0)
             scale = most.clamp_min_(0).sub_(least).div_(high - low).clamp_min_(_TINY)
             zero_point = least.div_(scale).neg_().add_(low).round_().clamp_(low, high)
-        v.div_(scale[..., None]).round_()
+        v.div_(scale).round_()
         if zero_point is not None:
-            v.add_(zero_point[..., None])
+            v.add_(zero_point)
         into.q.copy_(u.clamp_(low, high))
         if into.scale is not None:
-            into.scale.copy_(scale)
+            into.scale.copy_(scale.view(into.scale.shape))
         if into.zero_point is not None:
-            into.zero_point.zero_() if zero_point is None else into.zero_point.copy_(zero_point)
+            into.zero_point.zero_() if zero_point is None else into.zero_point.copy_(zero_point.squeeze(-1))
 
 
 class Rounded(NamedTuple):

@@ -20,13 +20,13 @@ from torch import Tensor
 
 from ._arguments import FLOATS, expect, rows_of
 from ._epilogue import Epilogue, store_output
-from ._gemm import Tile, TileTable, check_integer_operands, launch, tile_index
+from ._gemm import Tile, TileTable, check_integer_operands, launch
 from ._groups import dequantize_groups, group_size, largest_block_k, unit_scale
 from ._int_matmul import _int_matmul, int_mm_caveat
 from ._library import define_op
 from ._triton import jit, tl
 from .packing import unpack_int4
-from .w4a8 import reads_pairs, unpack_tile
+from .w4a8 import reads_pairs, transposed_tile, unpack_tile
 
 __all__ = ["linear_grouped"]
 
@@ -190,25 +190,17 @@ def _linear_grouped_kernel(
     EVEN_K: tl.constexpr,
     GELU: tl.constexpr,
 ):
-    """One program computes a [BLOCK_N, BLOCK_M] tile of y^T = W x^T, as in W4A8. of: a KernelGroups.
+    """One program computes a [BLOCK_N, BLOCK_M] tile of y^T. of: a KernelGroups.
 
     BLOCK_K divides GROUP, which divides K. Of BLOCK_N and BLOCK_M a thread holds few rows and many columns, hence few
     weight scales and many input scales: where those are of groups, tiles are smaller.
     """
     PER_LOAD: tl.constexpr = 4 if PAIRS else 2 if weight_ptr.dtype.element_ty == tl.uint8 else 1
-    if PAIRS:
-        weight_ptr = weight_ptr.to(tl.pointer_type(tl.uint16))
-        stride_wn = stride_wn // 2
-    pid_m, pid_n = tile_index(M, N, BLOCK_M, BLOCK_N, GROUP_M)
-    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_k = tl.arange(0, BLOCK_K)
-    offs_load = tl.arange(0, BLOCK_K // PER_LOAD)
-    # Rows past the end read other rows, which is cheaper than masking them; the store leaves them out.
+    offs_m, offs_n, x_ptrs, weight_ptrs = transposed_tile(
+        x_ptr, weight_ptr, M, N, stride_xm, stride_wn, PER_LOAD, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M
+    )
     m = offs_m % M
     n = offs_n % N
-    x_ptrs = x_ptr + m.to(tl.int64)[None, :] * stride_xm + offs_k[:, None]
-    weight_ptrs = weight_ptr + n.to(tl.int64)[:, None] * stride_wn + offs_load[None, :]
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
     for k in range(0, K, BLOCK_K):
@@ -253,6 +245,10 @@ TILES_INPUT_GROUPS: TileTable = {
 }
 
 
+# One by one stored values take registers.
+TILES_ODD_N: TileTable = {(8, 0): ((math.inf, Tile(64, 64, 64, 4, 2)),)}
+
+
 def _linear_grouped_triton(xq: Tensor, weight: Tensor, *parameters: Any) -> Tensor:
     p = _Parameters(*parameters)
     group = p.check(xq, weight)
@@ -265,6 +261,7 @@ def _linear_grouped_triton(xq: Tensor, weight: Tensor, *parameters: Any) -> Tens
     )
     extra = (of, group, weight.dtype == torch.uint8 and reads_pairs(weight))
     tiles = TILES if p.per_token and p.input_zero_point is None else TILES_INPUT_GROUPS
+    tiles = TILES_ODD_N if weight.shape[0] % 16 else tiles
     block_k = largest_block_k(group)
     return launch("linear_grouped", _linear_grouped_kernel, tiles, xq, weight, p.epilogue, extra, block_k)
 

@@ -24,7 +24,7 @@ from ._triton import jit, tl
 from .packing import unpack_int4
 from .w8a8 import INTEGER_SCHEMA, integer_fake, linear_w8a8_reference
 
-__all__ = ["linear_w4a8", "reads_pairs", "unpack_tile"]
+__all__ = ["linear_w4a8", "reads_pairs", "transposed_tile", "unpack_tile"]
 
 _EPILOGUE = len(Epilogue._fields)
 
@@ -121,6 +121,38 @@ def unpack_tile(packed, multiplier, zero_point):
     return q
 
 
+@jit()
+def transposed_tile(
+    x_ptr,
+    weight_ptr,
+    M,
+    N,
+    stride_xm,
+    stride_wn,
+    PER_LOAD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """Of a program that computes a [BLOCK_N, BLOCK_M] tile of y^T = W x^T: its rows and columns of y, and pointers.
+
+    PER_LOAD: how many weights are loaded at once: 1 int8, 2 int4, or 4 int4 as a uint16.
+    Transposed because an unpacked weight stays in registers as the left operand of the tensor cores; as the right
+    one it would go through shared memory.
+    """
+    if PER_LOAD == 4:
+        weight_ptr = weight_ptr.to(tl.pointer_type(tl.uint16))
+        stride_wn = stride_wn // 2
+    pid_m, pid_n = tile_index(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    # Rows past the end read other rows, which is cheaper than masking them; the store leaves them out.
+    x_ptrs = x_ptr + (offs_m % M).to(tl.int64)[None, :] * stride_xm + tl.arange(0, BLOCK_K)[:, None]
+    weight_rows = weight_ptr + (offs_n % N).to(tl.int64)[:, None] * stride_wn
+    return offs_m, offs_n, x_ptrs, weight_rows + tl.arange(0, BLOCK_K // PER_LOAD)[None, :]
+
+
 @jit("M")
 def _linear_w4a8_kernel(
     x_ptr,
@@ -142,23 +174,13 @@ def _linear_w4a8_kernel(
     EVEN_K: tl.constexpr,
     GELU: tl.constexpr,
 ):
-    """One program computes a [BLOCK_N, BLOCK_M] tile of y^T = W x^T.
-
-    Transposed because an unpacked weight stays in registers as the left operand of the tensor cores; as the right
-    one it would go through shared memory.
-    """
+    """One program computes a [BLOCK_N, BLOCK_M] tile of y^T. multiplier_ptr: [N, K / GROUP] int8 or None."""
     PER_LOAD: tl.constexpr = 4 if PAIRS else 2
-    if PAIRS:
-        weight_ptr = weight_ptr.to(tl.pointer_type(tl.uint16))
-        stride_wn = stride_wn // 2
-    pid_m, pid_n = tile_index(M, N, BLOCK_M, BLOCK_N, GROUP_M)
-    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_m, offs_n, x_ptrs, weight_ptrs = transposed_tile(
+        x_ptr, weight_ptr, M, N, stride_xm, stride_wn, PER_LOAD, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M
+    )
     offs_k = tl.arange(0, BLOCK_K)
     offs_load = tl.arange(0, BLOCK_K // PER_LOAD)
-    # Rows past the end read other rows, which is cheaper than masking them; the store leaves them out.
-    x_ptrs = x_ptr + (offs_m % M).to(tl.int64)[None, :] * stride_xm + offs_k[:, None]
-    weight_ptrs = weight_ptr + (offs_n % N).to(tl.int64)[:, None] * stride_wn + offs_load[None, :]
     if multiplier_ptr is not None:
         multiplier_ptrs = multiplier_ptr + (offs_n % N) * (K // GROUP)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)

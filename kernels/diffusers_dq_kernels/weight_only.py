@@ -20,12 +20,12 @@ from torch import Tensor
 
 from ._arguments import FLOATS, expect, rows_of
 from ._epilogue import Epilogue, store_output
-from ._gemm import check_weight, launch, tile_index
+from ._gemm import check_weight, launch
 from ._groups import dequantize_groups, group_size, largest_block_k, unit_scale
 from ._library import announce, define_op
 from ._triton import jit, tl
 from .packing import unpack_int4
-from .w4a8 import reads_pairs, unpack_tile
+from .w4a8 import reads_pairs, transposed_tile, unpack_tile
 
 __all__ = ["linear_w4a16", "linear_w8a16"]
 
@@ -190,17 +190,11 @@ def _linear_weight_only_kernel(
     weights, and nothing is rounded but in fp32.
     """
     PER_LOAD: tl.constexpr = 4 if PAIRS else 2 if weight_ptr.dtype.element_ty == tl.uint8 else 1
-    if PAIRS:
-        weight_ptr = weight_ptr.to(tl.pointer_type(tl.uint16))
-        stride_wn = stride_wn // 2
-    pid_m, pid_n = tile_index(M, N, BLOCK_M, BLOCK_N, GROUP_M)
-    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_m, offs_n, x_ptrs, weight_ptrs = transposed_tile(
+        x_ptr, weight_ptr, M, N, stride_xm, stride_wn, PER_LOAD, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M
+    )
     offs_k = tl.arange(0, BLOCK_K)
     offs_load = tl.arange(0, BLOCK_K // PER_LOAD)
-    # Rows past the end read other rows, which is cheaper than masking them; the store leaves them out.
-    x_ptrs = x_ptr + (offs_m % M).to(tl.int64)[None, :] * stride_xm + offs_k[:, None]
-    weight_ptrs = weight_ptr + (offs_n % N).to(tl.int64)[:, None] * stride_wn + offs_load[None, :]
     groups = (offs_n % N) * (K // GROUP)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for k in range(0, K, BLOCK_K):

@@ -38,6 +38,8 @@ from triton.runtime.jit import JITFunction
 from diffusers_dq_kernels import _library, _tiles, rotation_order, tune
 from diffusers_dq_kernels._tiles import BUCKETS, Tile, table_name
 
+torch.set_num_threads(1)  # threads of OpenMP do not survive the fork below
+
 CAPABILITIES = (80, 86, 89, 90, 100, 120)
 _INSTRUCTIONS = ("wgmma.mma_async", "mma.sync", "tcgen05.mma", "prmt")
 _CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -331,11 +333,12 @@ class Launches:
     """Of kernels, under `pretending`. wanted: the (kernel, key) to compile, or None to note them only."""
 
     wanted: frozenset[tuple[str, str]] | None = None
+    current: tuple[str, str] | None = None
     noted: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
     compiled: dict[tuple[str, str], Any] = field(default_factory=dict)
 
     def hook(self, *, key: Any, fn: Any, compile: dict[str, Any], **others: Any) -> bool:
-        """Triton's jit_cache_hook: True keeps it from compiling."""
+        """Triton's jit_cache_hook, for kernels that are not compiled yet: True keeps it from compiling."""
         self.current = (fn.name, str(key))
         names = list(compile["signature"])
         self.noted[self.current] = {
@@ -354,8 +357,9 @@ def pretending(capability: int, wanted: frozenset[tuple[str, str]] | None = None
     before = {module: module.capability for module in lookups}
 
     def warm(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        launches.current = None
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        if kernel is not None:
+        if kernel is not None and launches.current is not None:
             launches.compiled[launches.current] = kernel
         return kernel
 

@@ -289,6 +289,15 @@ def test_a_new_group_does_not_recompile(bits: int, finish: str, static: bool) ->
 
 
 @pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("static", [True, False])
+def test_compiled_integers_are_bare_too(bits: int, static: bool) -> None:
+    p = replace(problem(2, 3, 20, n=9, bits=bits, static=static), out_dtype=torch.int32)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda xq: OPS[bits](*replace(p, xq=xq).args), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(p.xq).long(), p.integers())
+
+
+@pytest.mark.parametrize("bits", BITS)
 def test_dynamic_shapes_compile_once(bits: int) -> None:
     p = problem(8, 20, n=9, bits=bits, static=False)
 
