@@ -8,7 +8,7 @@ from ._library import announce, backend
 from .attention import attention_int8
 from .fused_quantize import gelu_quantize_dynamic, gelu_quantize_static, norm_quantize_dynamic, norm_quantize_static
 from .grouped import linear_grouped
-from .hadamard import hadamard_matrix, rotation_order
+from .hadamard import hadamard_matrix, rotate, rotation_order
 from .packing import pack_int4, pack_int6, unpack_int4, unpack_int6
 from .quantize import quantize_dynamic, quantize_grouped, quantize_static
 from .w4a8 import linear_w4a8
@@ -34,6 +34,7 @@ __all__ = [
     "quantize_dynamic",
     "quantize_grouped",
     "quantize_static",
+    "rotate",
     "rotation_order",
     "unpack_int4",
     "unpack_int6",

@@ -23,8 +23,8 @@ __all__ = ["ACTIVATIONS", "Epilogue", "KernelEpilogue", "store_output"]
 ACTIVATIONS = ("none", "gelu_tanh")
 
 # tanh(u) = 2 sigmoid(2 u) - 1, so GELU's tanh form is v sigmoid(2 u) with u = sqrt(2 / pi) (v + 0.044715 v^3).
-_TWICE_SQRT_2_OVER_PI = 1.5957691216057308
-_CUBIC = 0.044715
+GELU_SLOPE = 1.5957691216057308
+GELU_CUBIC = 0.044715
 
 
 class Epilogue(NamedTuple):
@@ -182,7 +182,7 @@ def gate_rows(gate: Tensor, rows: int) -> tuple[Tensor, int]:
 
 def gelu_tanh(y: Tensor) -> Tensor:
     """F.gelu(y, approximate="tanh") by way of a sigmoid, which CPUs compute faster than tanh."""
-    argument = (y * y).mul_(_TWICE_SQRT_2_OVER_PI * _CUBIC).add_(_TWICE_SQRT_2_OVER_PI).mul_(y)
+    argument = (y * y).mul_(GELU_SLOPE * GELU_CUBIC).add_(GELU_SLOPE).mul_(y)
     return argument.sigmoid_().mul_(y)
 
 
@@ -205,7 +205,7 @@ def _with_unit_stride(matrix: Tensor) -> Tensor:
 
 
 @jit()
-def _gelu_tanh(v):
+def gelu_tanh_tile(v):
     return v * tl.sigmoid(v * (1.5957691216057308 + 0.07135481627159844 * v * v))
 
 
@@ -232,7 +232,7 @@ def store_output(acc, m, n, y_ptr, e, M, N, GELU: tl.constexpr):
             bias_ptr = e.bias + table_row_index(e.group, e.bias_groups) * N
             y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
         if GELU:
-            y = _gelu_tanh(y)
+            y = gelu_tanh_tile(y)
         if e.gate is not None:
             gate_ptr = e.gate + (m // e.rows_per_gate).to(tl.int64) * e.gate_stride
             y *= tl.load(gate_ptr + n, mask=inside, other=0.0).to(tl.float32)

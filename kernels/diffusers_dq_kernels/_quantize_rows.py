@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ._arguments import FLOATS, rows_of
-from ._epilogue import _gelu_tanh
+from ._epilogue import gelu_tanh_tile
 from ._input_transform import InputTransform, transform_tile
 from ._library import announce, define_op
 from ._producers import Gelu, Norm, Producer, norm_tile
@@ -168,7 +168,7 @@ def _quantize_rows_kernel(
     if norm is not None:
         x = norm_tile(x, norm, m // rows_per_sample, offs_k, mask_k, K, PRODUCER == "layer")
     elif PRODUCER == "gelu":
-        x = _gelu_tanh(x)
+        x = gelu_tanh_tile(x)
     if x_ptr is not None:
         tl.store(x_ptr + m * K + offs_k, x.to(x_ptr.dtype.element_ty), mask=mask_k)
     u = transform_tile(x, transform, offs_k, mask_k, K, LOG2, PALEY)
