@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 from diffusers.models.activations import GELU
-from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention import BasicTransformerBlock, FeedForward
+from diffusers.models.attention_processor import Attention
+from diffusers.models.normalization import AdaLayerNormZero
 from torch import Tensor, nn
 
 from diffusers_dq.linear import QuantizedLinear
@@ -63,7 +65,10 @@ def _adaln_zero_block(block: Any, hidden_states: Tensor, *args: Any, **kwargs: A
 def _fuses(block: Any, hidden_states: Tensor, kwargs: dict[str, Any]) -> bool:
     """Whether the fused forward computes what the block's own would: no part replaced, hooked or used otherwise."""
     given = {name for name, value in kwargs.items() if value is not None}
-    up = block.ff.net[0]
+    if type(block.ff) is not FeedForward or type(block.norm1) is not AdaLayerNormZero:
+        return False
+    up, *others = block.ff.net
+    dropouts = [module for module in others if type(module) is not QuantizedLinear]
     return (
         given <= {"attention_mask", "timestep", "class_labels"}
         and {"timestep", "class_labels"} <= given
@@ -73,17 +78,20 @@ def _fuses(block: Any, hidden_states: Tensor, kwargs: dict[str, Any]) -> bool:
         and block._chunk_size is None
         and not block.training
         and block.norm1.emb is not None
+        and type(block.norm1.norm) is type(block.norm3) is nn.LayerNorm
+        and type(block.attn1) is Attention
+        and all(type(module) is nn.Dropout and not module.training for module in dropouts)
         and type(up) is GELU
         and up.approximate == "tanh"
         and all(_rounds(linear) for linear in (block.attn1.to_q, up.proj, block.ff.net[2]))
-        and all(_unhooked(module) for module in (block.norm1, block.norm1.norm, block.norm3, block.ff, up))
+        and all(map(_unhooked, (block.norm1, block.norm1.norm, block.norm3, block.ff, up, *dropouts)))
     )
 
 
 def _rounds(linear: nn.Module) -> bool:
     if type(linear) is not QuantizedLinear or not _unhooked(linear):
         return False
-    return linear.layout.static or linear.layout.per_token
+    return linear.layout.static or (linear.layout.rounds_input and linear.layout.per_token)
 
 
 def _unhooked(module: nn.Module) -> bool:

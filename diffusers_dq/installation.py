@@ -51,6 +51,8 @@ class Description:
         for name, first in self.shared.items():
             if not {name, first} <= self.linears.keys():
                 raise ValueError(f"{name} shares its input with {first}; both have to be quantized linears")
+            if name.rpartition(".")[0] != first.rpartition(".")[0]:
+                raise ValueError(f"{name} shares its input with {first}, which is in another module")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -179,12 +181,17 @@ def identical(model: nn.Module, duplicates: Sequence[tuple[str, str]]) -> dict[s
 
 
 def readers(layers: Mapping[str, QuantizedLinear], groups: Sequence[Sequence[str]]) -> dict[str, str]:
-    """Linear -> the first of its group that rounds the group's input in the same way."""
+    """Linear -> the first of its group, in the same module, that rounds the group's input in the same way.
+
+    In the same module: text that all blocks read is one tensor for all of them, and what one compiled block left on it
+    would be another's guard.
+    """
     shared = {}
     for group in groups:
         firsts: list[str] = []
         for name in (name for name in group if name in layers and layers[name].layout.rounds_input):
-            first = next((first for first in firsts if layers[name].reads_like(layers[first])), None)
+            near = (first for first in firsts if first.rpartition(".")[0] == name.rpartition(".")[0])
+            first = next((first for first in near if layers[name].reads_like(layers[first])), None)
             if first is None:
                 firsts.append(name)
             else:

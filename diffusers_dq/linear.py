@@ -38,7 +38,7 @@ class Bits:
         if self.weight == NOT_ROUNDED and self.activation != NOT_ROUNDED:
             raise ValueError(
                 f"weight_bits=16 with activation_bits={self.activation} has no integer product; round the weight too"
-                " (4 or 8), or set both to 16 to apply a method's transforms alone"
+                " (4, 6 or 8), or set both to 16 to apply a method's transforms alone"
             )
 
 
@@ -229,12 +229,14 @@ class QuantizedLinear(nn.Linear):
 
         Shapes as in `rounded_norm`.   Returns [B, T, K], of the dtype of hidden_states.
         """
-        x, rounded = self._round_norm(hidden_states, norm, scale, shift, keep=True)
         if torch.compiler.is_compiling():
+            x, rounded = self._round_norm(hidden_states, norm, scale, shift, keep=True)
             setattr(x, _ROUNDED, (self, rounded, self.readers))
-        else:
-            self._shared_input = self._shared_input or SharedInput()
-            self._shared_input.keep(x, self.groups.index, rounded)
+            return x
+        with torch.inference_mode(False), torch.no_grad():  # a tensor that counts its writes, so that it may be kept
+            x, rounded = self._round_norm(hidden_states, norm, scale, shift, keep=True)
+        self._shared_input = self._shared_input or SharedInput()
+        self._shared_input.keep(x, self.groups.index, rounded)
         return x
 
     def _round_norm(

@@ -110,6 +110,11 @@ class DQQuantizer(DiffusersQuantizer):
         rows, columns = (*current_param.shape, 0, 0)[:2]
         if self._is_packed(param_name) and tuple(loaded_param.shape) == (rows, columns // 4 * 3):
             return True
+        self._refuse_shape(param_name, current_param, loaded_param)
+        return False
+
+    @staticmethod
+    def _refuse_shape(param_name: str, current_param: Tensor, loaded_param: Tensor) -> None:
         raise ValueError(
             f"{param_name} has shape {tuple(loaded_param.shape)} in the file, config.json says"
             f" {tuple(current_param.shape)}: the file is damaged or not the one that belongs to this config"
@@ -130,6 +135,8 @@ class DQQuantizer(DiffusersQuantizer):
         if self.pre_quantized:
             if self._is_packed(param_name) and stored.dtype == torch.uint8:
                 stored = ops.unpack_int6(stored)
+            if stored.shape != _tensor(model, param_name).shape:
+                self._refuse_shape(param_name, _tensor(model, param_name), stored)
             expected, own = _tensor(model, param_name).dtype, installation.is_own(model, param_name)
             if not _fits(stored.dtype, expected, own):
                 raise ValueError(

@@ -109,7 +109,7 @@ def test_blocks_share_one_graph(name, statistics):
     assert_close(first, expected[0])
 
 
-def test_pixart_and_flux_compile_by_block_too():
+def test_pixart_compiles_by_block_too():
     pixart = tiny_pixart()
     dq.quantize(pixart, dq.DQConfig("rtn"), progress=False)
     assert pixart._repeated_blocks == ["BasicTransformerBlock"]

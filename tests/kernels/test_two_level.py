@@ -153,7 +153,8 @@ def test_a_new_group_does_not_recompile() -> None:
     compiled(torch.tensor([0]))
     with torch._dynamo.config.patch(error_on_recompile=True):
         for g in (1, 2, 0):
-            assert torch.equal(compiled(torch.tensor([g])), run(torch.tensor([g])))
+            # the compiled form leaves the zero point to an fp32 offset (test_integer_linears.py has the bound)
+            torch.testing.assert_close(compiled(torch.tensor([g])), run(torch.tensor([g])), rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("launcher", [linear_w4a8, LAUNCHER])
