@@ -30,8 +30,8 @@ class DQMethod(str, Enum):
 class DQConfig(QuantizationConfigMixin):
     """How to quantize a diffusion transformer.
 
-    method: a name of `dq.methods()`.   weight_bits: 4, 8 or 16;   activation_bits: 4 to 8 or 16; 16 is not rounded, so
-        activation_bits=16 is weight-only, and 16 with 16 applies the method's transforms and rounds nothing.
+    method: a name of `dq.methods()`.   weight_bits: 4, 6, 8 or 16;   activation_bits: 4 to 8 or 16; 16 is not rounded,
+        so activation_bits=16 is weight-only, and 16 with 16 applies the method's transforms and rounds nothing.
     modules_to_not_convert: a module whose dotted name contains one of these strings stays as it is; None is the
         architecture's own list, [] converts every linear that the architecture's spec knows.
     overrides: {glob over module names: {"weight_bits": ..., "activation_bits": ...}}; the last match wins.

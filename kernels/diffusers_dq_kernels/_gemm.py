@@ -11,7 +11,7 @@ from torch import Tensor
 from ._arguments import expect, rows_of
 from ._epilogue import Epilogue
 from ._library import announce
-from ._tiles import GENERIC, Tile, known_ops, look_up, table_name
+from ._tiles import GENERIC, Tile, look_up, table_name
 from ._triton import jit, tl, triton
 
 __all__ = [
@@ -91,7 +91,7 @@ def launch(
 ) -> Tensor:
     """Run one of the kernels: they take the same arguments, and some of them `extra` ones.   Returns [..., N].
 
-    tiles: the name of an op in the tables of _tiles.py.
+    tiles: the name of an op in the tables of _tiles.py, or a table by M alone.
     largest_block_k: of a product that has to change something every so many columns.
     """
     rows = rows_of(x)
@@ -102,7 +102,7 @@ def launch(
     if y.numel() == 0:
         return y
     if _is_aligned(rows) and _is_aligned(weight):
-        tile = _tile(op_name, tiles, rows, weight, epilogue)
+        tile = _tile(tiles, rows, weight, epilogue)
     else:
         announce(op_name, "K or a stride is not a multiple of 16: loads of single bytes, slower")
         tile = RAGGED
@@ -132,12 +132,10 @@ def launch(
     return y
 
 
-def _tile(op_name: str, tiles: str | TileTable, x: Tensor, weight: Tensor, epilogue: Epilogue) -> Tile:
+def _tile(tiles: str | TileTable, x: Tensor, weight: Tensor, epilogue: Epilogue) -> Tile:
     n, (m, k) = len(weight), x.shape
     if not isinstance(tiles, str):
-        if op_name not in known_ops():
-            return pick_tile(tiles, capability(x.device), m)
-        tiles = op_name
+        return pick_tile(tiles, capability(x.device), m)
     # One by one stored values take registers: then the tile of the weakest GPU.
     compute_capability = GENERIC if n % 16 else capability(x.device)
     return look_up(table_of(tiles, k, epilogue), compute_capability, m, n, k)

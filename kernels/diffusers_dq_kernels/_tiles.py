@@ -111,8 +111,8 @@ def bucket_of(m: int) -> int:
 def look_up(op: str, capability: tuple[int, int], m: int, n: int, k: int) -> Tile:
     """The tile for M rows, N out_features and K in_features.
 
-    op: a `table_name`; what follows a "+" is left out, from the last one on, until a table has the op.
-    Tables are asked from the newest architecture that is not newer than `capability` down to the generic one.
+    op: a `table_name`; what follows a "+" is left out, from the last one on, until the architecture has the op.
+    Architectures are asked from the newest that is not newer than `capability` down to the generic one.
     KeyError if none of them has the op. Calls with the same bucket are one look-up in a dict: nothing runs twice, and
     a CUDA graph may capture the first call.
     """
@@ -124,18 +124,21 @@ def _pick(op: str, capability: tuple[int, int], bucket: int, n: int, k: int) -> 
     pinned_tile = _PINNED.get(op.partition("+")[0])
     if pinned_tile is not None:
         return pinned_tile
-    for table in _in_order(capability):
-        tile = table.find(op, bucket, n, k)
-        if tile is not None:
-            return tile
-    if "+" in op:
-        return _pick(op.rpartition("+")[0], capability, bucket, n, k)
+    known = [table for table in (*_user_tables(), *shipped_tables()) if table.architecture <= capability]
+    for architecture in sorted({table.architecture for table in known}, reverse=True):
+        for name in _from_special_to_general(op):
+            for table in known:
+                tile = table.find(name, bucket, n, k) if table.architecture == architecture else None
+                if tile is not None:
+                    return tile
     raise KeyError(f"no tiles for op {op!r}; known: {sorted(known_ops())}. Add it to {_SHIPPED / 'generic.json'}")
 
 
-def _in_order(capability: tuple[int, int]) -> list[Table]:
-    tables = [table for table in (*_user_tables(), *shipped_tables()) if table.architecture <= capability]
-    return sorted(tables, key=lambda table: table.architecture, reverse=True)  # stable: a user's come first
+def _from_special_to_general(name: str) -> Iterator[str]:
+    """a+b+c, a+b, a."""
+    while name:
+        yield name
+        name = name.rpartition("+")[0]
 
 
 @functools.cache

@@ -262,9 +262,8 @@ def _linear_cases(
     exact = {
         entry.tile
         for shipped in _tiles.shipped_tables()
-        if shipped.architecture <= divmod(capability, 10)
         for entry in shipped.ops.get(table, ())
-        if entry.n is not None
+        if shipped.architecture == divmod(capability, 10) and entry.n is not None
     }
     for variant, sizes in variants:
         for m in BUCKETS:

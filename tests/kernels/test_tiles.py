@@ -89,6 +89,25 @@ def test_smaller_memories_take_nothing_from_larger_ones() -> None:
     assert ops[12, 0] == ops[0, 0] == {name.partition("+")[0] for name in NAMES}
 
 
+@pytest.mark.parametrize("capability", [(8, 6), (8, 9), (12, 0), (12, 1), (0, 0)])
+def test_int8_tiles_fit_in_99_kib(capability: tuple[int, int]) -> None:
+    """The operands of all stages, which is all of a product's shared memory; the generic ones in 48."""
+    for name in NAMES:
+        if "a16" not in name:
+            for m in BUCKETS:
+                tile = look_up(name, capability, m, 1136, 2304)
+                used = (tile.block_m + tile.block_n) * tile.block_k * tile.num_stages
+                assert used <= (99 if capability > (0, 0) else 48) << 10
+
+
+def test_a_finish_never_takes_the_tile_of_an_older_gpu_that_has_it(tmp_path: Path) -> None:
+    write(tmp_path / "sm_80.json", {"op": [entry(LARGE)], "op+gelu": [entry(LARGE)]})
+    write(tmp_path / "sm_90.json", {"op": [entry(SMALL)]})
+    _tiles.use_tiles(tmp_path)
+    assert look_up("op+gelu", (9, 0), 64, 16, 16) == look_up("op+fp32+gelu", (10, 0), 64, 16, 16) == Tile(*SMALL)
+    assert look_up("op+fp32+gelu", (8, 0), 64, 16, 16) == Tile(*LARGE)
+
+
 def test_shipped_files_are_as_the_tuner_writes_them(tmp_path: Path) -> None:
     for table in shipped_tables():
         copy = table._replace(path=tmp_path / table.path.name)
