@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 from diffusers_dq.linear import QuantizedLinear
 
-_unfused: Callable[..., Tensor] = (
-    BasicTransformerBlock.forward
-)  # Dynamo traces the function, not the class's attribute
+# Dynamo traces the function, not the class's attribute.
+_unfused: Callable[..., Tensor] = BasicTransformerBlock.forward
 
 
 def fuse(model: nn.Module) -> None:
@@ -58,7 +57,7 @@ def _adaln_zero_block(block: Any, hidden_states: Tensor, *args: Any, **kwargs: A
 
     up, down, dtype = block.ff.net[0].proj, block.ff.net[2], hidden_states.dtype
     rounded = up.rounded_norm(hidden_states, block.norm3, scale_mlp, shift_mlp)
-    activated = up.product(rounded, dtype, activation="gelu_tanh")
+    activated = up.product(rounded, _dtype_between(hidden_states), activation="gelu_tanh")
     return down.product(down.rounded(activated), dtype, gate=gate_mlp[:, None], residual=hidden_states)
 
 
@@ -86,6 +85,16 @@ def _fuses(block: Any, hidden_states: Tensor, kwargs: dict[str, Any]) -> bool:
         and all(_rounds(linear) for linear in (block.attn1.to_q, up.proj, block.ff.net[2]))
         and all(map(_unhooked, (block.norm1, block.norm1.norm, block.norm3, block.ff, up, *dropouts)))
     )
+
+
+def _dtype_between(x: Tensor) -> torch.dtype:
+    """Of an activation that is rounded as soon as it is made.
+
+    Inductor never writes it out on a CPU, and vectorises the loop that makes and rounds it for the widest or the
+    narrowest float it meets: with a bf16 in it, int8 is converted element by element (2.1 ms instead of 0.8 for
+    512 x 4608).
+    """
+    return torch.float32 if torch.compiler.is_compiling() and x.device.type == "cpu" else x.dtype
 
 
 def _rounds(linear: nn.Module) -> bool:
