@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from diffusers.models.activations import GELU
 from diffusers.models.attention import BasicTransformerBlock, FeedForward
-from diffusers.models.attention_processor import Attention
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.normalization import AdaLayerNormZero
 from torch import Tensor, nn
 
+import diffusers_dq_kernels as ops
+from diffusers_dq.attention import split_heads
 from diffusers_dq.linear import QuantizedLinear
 
 # Dynamo traces the function, not the class's attribute.
@@ -52,13 +54,39 @@ def _adaln_zero_block(block: Any, hidden_states: Tensor, *args: Any, **kwargs: A
     shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)
 
     x = block.attn1.to_q.shared_norm(hidden_states, block.norm1.norm, scale_msa, shift_msa)
-    attention = block.attn1(x, attention_mask=kwargs.get("attention_mask"))
-    hidden_states = torch.addcmul(hidden_states, gate_msa[:, None], attention)
+    mask = kwargs.get("attention_mask")
+    if mask is None and _is_plain(block.attn1):
+        hidden_states = _self_attention(block.attn1, x, gate_msa[:, None], hidden_states)
+    else:
+        hidden_states = torch.addcmul(hidden_states, gate_msa[:, None], block.attn1(x, attention_mask=mask))
 
     up, down, dtype = block.ff.net[0].proj, block.ff.net[2], hidden_states.dtype
     rounded = up.rounded_norm(hidden_states, block.norm3, scale_mlp, shift_mlp)
     activated = up.product(rounded, _dtype_between(hidden_states), activation="gelu_tanh")
     return down.product(down.rounded(activated), dtype, gate=gate_mlp[:, None], residual=hidden_states)
+
+
+def _self_attention(attn: Any, x: Tensor, gate: Tensor, residual: Tensor) -> Tensor:
+    """residual + gate * attn(x), on [B, T, C]."""
+    heads = (split_heads(project(x), attn.heads) for project in (attn.to_q, attn.to_k, attn.to_v))
+    merged = ops.dot_product_attention(*heads).transpose(1, 2).flatten(2)
+    output = attn.to_out[0]
+    if _rounds(output):
+        return output.product(output.rounded(merged), x.dtype, gate=gate, residual=residual)
+    return torch.addcmul(residual, gate, output(merged))
+
+
+def _is_plain(attn: Any) -> bool:
+    """Whether nothing comes between projections, softmax(q k^T / sqrt(D)) v and the output's projection."""
+    return (
+        type(attn.processor) is AttnProcessor2_0
+        and _unhooked(attn)
+        and not any((attn.spatial_norm, attn.group_norm, attn.norm_q, attn.norm_k, attn.residual_connection))
+        and attn.rescale_output_factor == 1
+        and type(attn.to_out[1]) is nn.Dropout
+        and not attn.to_out[1].training
+        and _unhooked(attn.to_out[1])
+    )
 
 
 def _fuses(block: Any, hidden_states: Tensor, kwargs: dict[str, Any]) -> bool:

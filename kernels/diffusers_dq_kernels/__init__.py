@@ -11,6 +11,7 @@ from .grouped import linear_grouped
 from .hadamard import hadamard_matrix, rotate, rotation_order
 from .packing import pack_int4, pack_int6, unpack_int4, unpack_int6
 from .quantize import quantize_dynamic, quantize_grouped, quantize_static
+from .sdpa import dot_product_attention
 from .w4a8 import linear_w4a8
 from .w8a8 import linear_w8a8
 from .weight_only import linear_w4a16, linear_w8a16
@@ -19,6 +20,7 @@ __all__ = [
     "announce",
     "attention_int8",
     "backend",
+    "dot_product_attention",
     "gelu_quantize_dynamic",
     "gelu_quantize_static",
     "hadamard_matrix",

@@ -18,6 +18,7 @@ from ._arguments import FLOATS, expect
 from ._gemm import Tile, TileTable, capability, pick_tile
 from ._library import announce, define_op
 from ._triton import jit, tl, triton
+from .sdpa import in_parts, output_like
 
 __all__ = ["attention_int8"]
 
@@ -57,17 +58,12 @@ def attention_int8_reference(
     logits = q @ k.transpose(-1, -2) * (query_scale.double() * key_scale.double() * softmax_scale)
     levels = torch.round(logits.softmax(-1) / probability_scale).clamp(max=2**bits - 1)
     y = levels @ v * (value_scale.double() * probability_scale.double())
-    return _output_like(query).copy_(y)
+    return output_like(query).copy_(y)
 
 
 def _integers(x: Tensor, scale: Tensor, bits: int) -> Tensor:
     """Symmetric to `bits`, held as fp32."""
     return (x.float() / scale).round_().clamp_(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-
-
-def _output_like(query: Tensor) -> Tensor:
-    b, h, n, d = query.shape
-    return torch.empty((b, n, h, d), dtype=query.dtype, device=query.device).transpose(1, 2)
 
 
 # CPU, and GPUs where heads are too wide for the kernel: a part of the heads or of the queries at a time
@@ -96,15 +92,12 @@ def _attention_int8_blockwise(
     )
     logit_scale, output_scale = query_scale * key_scale * softmax_scale, value_scale * probability_scale
     top, largest = 2**bits - 1, 2 ** (bits - 1)
-    heads = max(1, _LOGITS_AT_ONCE // max(1, q.shape[1] * k.shape[1]))
-    rows = max(1, _LOGITS_AT_ONCE // k.shape[1])
     y = torch.empty(q.shape, dtype=torch.float32, device=q.device)
-    for q_heads, k_heads, v_heads, y_heads in zip(*(x.split(heads) for x in (q, k, v, y)), strict=True):
-        for q_part, y_part in zip(q_heads.split(rows, 1), y_heads.split(rows, 1), strict=True):
-            logits = _exact_matmul(q_part, k_heads.transpose(1, 2), largest * largest).mul_(logit_scale)
-            levels = logits.softmax(-1).div_(probability_scale).round_().clamp_(max=top)
-            torch.mul(_exact_matmul(levels, v_heads, top * largest), output_scale, out=y_part)
-    return _output_like(query).copy_(y.view(query.shape))
+    for q_part, k_part, v_part, y_part in in_parts(q, k, v, y, _LOGITS_AT_ONCE):
+        logits = _exact_matmul(q_part, k_part.transpose(1, 2), largest * largest).mul_(logit_scale)
+        levels = logits.softmax(-1).div_(probability_scale).round_().clamp_(max=top)
+        torch.mul(_exact_matmul(levels, v_part, top * largest), output_scale, out=y_part)
+    return output_like(query).copy_(y.view(query.shape))
 
 
 def _exact_matmul(a: Tensor, b: Tensor, largest_product: int) -> Tensor:
@@ -319,7 +312,7 @@ def _attention_int8_triton(
     if D > _WIDEST_HEAD:
         announce("attention_int8", f"no tile for heads wider than {_WIDEST_HEAD}: plain torch, slower")
         return _attention_int8_blockwise(query, key, value, *scales, softmax_scale, bits)
-    y = _output_like(query)
+    y = output_like(query)
     if y.numel() == 0:
         return y
     one_pass = L <= _MOST_KEYS_IN_ONE_PASS and D <= _WIDEST_HEAD_IN_ONE_PASS
@@ -423,7 +416,7 @@ def _block_d(d: int) -> int:
 
 
 def _attention_int8_fake(query: Tensor, *others: object) -> Tensor:
-    return _output_like(query)
+    return output_like(query)
 
 
 attention_int8 = define_op(
