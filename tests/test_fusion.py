@@ -67,10 +67,44 @@ def test_a_fused_block_computes_what_diffusers_computes(quantized, run_dit, kind
     assert_close(fused, expected, flips=0.02 if dtype == torch.bfloat16 else 2e-3)
 
 
-def test_what_does_not_round_is_left_to_diffusers(quantized, run_dit):
-    model = quantized("static", weight_bits=16, activation_bits=16)
-    count, _ = fused_norms(run_dit, model)
+@pytest.mark.parametrize("part", range(6), ids=["shift", "scale", "gate", "MLP shift", "MLP scale", "MLP gate"])
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+def test_every_part_of_a_large_modulation(kind, part, quantized):
+    """One block in which each part weighs: without it the output is another."""
+    block = quantized(kind).transformer_blocks[0]
+    torch.manual_seed(0)
+    modulation = torch.nn.Linear(32, 6 * 32).requires_grad_(False)
+    modulation.bias.normal_()
+    block.norm1.linear = modulation
+    call = dict(
+        hidden_states=torch.randn(2, 16, 32), timestep=torch.tensor([500, 500]), class_labels=torch.tensor([1, 2])
+    )
+    plain = copy.deepcopy(block)
+    fusion.unfuse(plain)
+    with torch.no_grad():
+        fused, expected = block(**call), plain(**call)
+        plain.norm1.linear.bias[32 * part : 32 * (part + 1)] += 1
+        other = plain(**call)
+    assert_close(fused, expected)
+    assert (other - expected).norm() > 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize("bits", [dict(weight_bits=16, activation_bits=16), dict(weight_bits=8, activation_bits=16)])
+def test_what_does_not_round_is_left_to_diffusers(bits, quantized, run_dit):
+    count, _ = fused_norms(run_dit, quantized("dynamic", **bits))
     assert count == 0
+
+
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+def test_a_block_rounds_four_times(kind, quantized, run_dit):
+    """Also under inference_mode, whose tensors do not count their writes and so are not kept for other readers."""
+    model = quantized(kind, torch.bfloat16)
+    blocks = len(model.transformer_blocks)
+    with torch.inference_mode(), Ops() as ops:
+        run_dit(model, (500,))
+    rounding = [name for name in ops.names if "quantize" in name]
+    others = [name for name in rounding if not name.startswith("norm_quantize")]
+    assert (len(rounding), len(others)) == (4 * blocks, 2 * blocks)
 
 
 class _Processor:
@@ -98,8 +132,20 @@ def test_a_custom_attention_processor_gets_the_activation_itself(quantized, run_
         lambda block: setattr(block, "training", True),
         lambda block: setattr(block.ff.net[0], "approximate", "none"),
         lambda block: block.ff.net.__setitem__(2, torch.nn.Linear(128, 32)),
+        lambda block: setattr(block, "norm3", torch.nn.RMSNorm(32)),
+        lambda block: setattr(block, "ff", torch.nn.Sequential(block.ff, torch.nn.Tanh())),
     ],
-    ids=["chunks", "norm hook", "linear hook", "replaced forward", "training", "another GELU", "another linear"],
+    ids=[
+        "chunks",
+        "norm hook",
+        "linear hook",
+        "replaced forward",
+        "training",
+        "another GELU",
+        "another linear",
+        "another norm",
+        "another MLP",
+    ],
 )
 def test_steps_aside_for(change, quantized, run_dit):
     model = quantized("static")
@@ -113,6 +159,48 @@ def test_steps_aside_for(change, quantized, run_dit):
     assert_close(output, expected)
     torch._dynamo.reset()
     assert_close(run_dit(torch.compile(model, fullgraph=True, backend="aot_eager"), (500,)), expected)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda attn: setattr(attn, "rescale_output_factor", 2.0),
+        lambda attn: setattr(attn, "residual_connection", True),
+        lambda attn: setattr(attn, "norm_q", torch.nn.RMSNorm(16, eps=1e-4)),
+        lambda attn: attn.to_out.__setitem__(1, torch.nn.ReLU()),
+        lambda attn: attn.register_forward_hook(lambda _, __, output: 2 * output),
+        lambda attn: attn.to_out[1].register_forward_hook(lambda _, __, output: 2 * output),
+        lambda attn: attn.to_v.register_forward_hook(lambda _, __, output: 2 * output),
+        lambda attn: attn.to_out[0].register_forward_hook(lambda _, __, output: 2 * output),
+    ],
+    ids=["rescaled", "residual", "norm of queries", "activation", "hook", "dropout's hook", "to_v's", "to_out's"],
+)
+def test_attention_does_what_its_module_does(change, quantized, run_dit):
+    model = quantized("static")
+    before = run_dit(model, (500,))
+    change(model.transformer_blocks[0].attn1)
+    plain = copy.deepcopy(model)
+    fusion.unfuse(plain)
+    count, output = fused_norms(run_dit, model)
+    assert count == 2 * len(model.transformer_blocks), "the rest of the block stays fused"
+    assert_close(output, run_dit(plain, (500,)))
+    assert (output - before).norm() > 5e-3 * before.norm(), "the change matters"
+
+
+def test_a_mask_reaches_attention(quantized):
+    block = quantized("static").transformer_blocks[0]
+    torch.manual_seed(0)
+    call = dict(
+        hidden_states=torch.randn(2, 16, 32), timestep=torch.tensor([500, 500]), class_labels=torch.tensor([1, 2])
+    )
+    mask = torch.zeros(2, 1, 16)
+    mask[..., 8:] = -1e4
+    plain = copy.deepcopy(block)
+    fusion.unfuse(plain)
+    with torch.no_grad():
+        masked, free, expected = block(**call, attention_mask=mask), block(**call), plain(**call, attention_mask=mask)
+    assert_close(masked, expected)
+    assert (masked - free).norm() > 1e-2 * free.norm()
 
 
 def test_hooks_still_see_every_linear(quantized, run_dit):
