@@ -24,7 +24,7 @@ def run(*arguments, exit_code=0):
 @pytest.mark.slow
 def test_the_dry_run_goes_through_everything_and_resumes(tmp_path):
     output = tmp_path / "dry.json"
-    text = run("benchmark", "all", "--dry-run", "--output", output)
+    text = run("benchmark", "all", "--dry-run", "--profile", "--output", output)
     content = json.loads(output.read_text())
     groups = {(group["kind"], group["name"]): group for group in content["groups"]}
     assert len(groups) == len(plan.dry_plan())
@@ -33,9 +33,13 @@ def test_the_dry_run_goes_through_everything_and_resumes(tmp_path):
     assert {row["name"] for row in headline} == set(VARIANTS)
     assert all("median_ms" in row for row in headline if row["kind"] != "peer"), "ours and bf16 work everywhere"
     assert content["about"]["settings"]["backend"] == "aot_eager"
+    profiles = [row["profile"] for row in headline if "failed" not in row]
+    assert all(profile["ms"] > 0 and 0 < len(profile["entries"]) <= 10 for profile in profiles)
+    assert "profile" not in groups["pipeline", "dit-256"]["rows"][0]
+    assert text.count("Where the time goes") == sum(kind == "step" for kind, _ in groups)
     assert all(bar["met"] is None for bar in content["bars"]), "tiny sizes prove nothing"
     assert "not measured" in text and f"written: {output}" in text
-    again = run("benchmark", "all", "--dry-run", "--output", output, "--resume")
+    again = run("benchmark", "all", "--dry-run", "--profile", "--output", output, "--resume")
     assert again.count("measured already") == len(groups)
 
 
@@ -68,12 +72,52 @@ def test_one_shape_one_model_and_one_pipeline(tmp_path, monkeypatch):
         (["gemm", "12x13"], "a shape is MxNxK"),
         (["pipeline", "flux"], "the pipeline benchmark knows DiT"),
         (["all", "--device", "tpu"], "device must be cpu or cuda, got 'tpu'"),
+        (["gemm", "8x8x8", "--device", "cpu", "--output", "/"], "/ is a directory; give --output the name of a file"),
     ],
 )
 def test_a_mistake_is_a_message_and_nothing_is_measured(arguments, message):
     text = run("benchmark", *arguments, exit_code=2)
     assert f"error: {message}" in text
     assert "Traceback" not in text
+
+
+@pytest.mark.parametrize("command", [["all", "--dry-run"], ["gemm", "8x8x8"], ["step", "flux"], ["pipeline"]])
+def test_a_place_that_cannot_be_written_is_found_before_anything_is_measured(tmp_path, monkeypatch, command):
+    monkeypatch.setattr("diffusers_dq.benchmark.commands.Session.run", lambda *args: pytest.fail("it measures"))
+    (tmp_path / "file").write_text("something")
+    output = tmp_path / "file" / "r.json"
+    text = run("benchmark", *command, "--device", "cpu", "--output", output, exit_code=2)
+    assert f"error: {output} cannot be written" in text and "give --output a file in a directory" in text
+    assert len(text.strip().splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"format_version": 1}', '{"my": "shopping list"}'])
+def test_a_file_that_is_none_of_ours_is_not_resumed(tmp_path, content):
+    output = tmp_path / "r.json"
+    output.write_text(content)
+    arguments = ("gemm", "8x8x8", "--device", "cpu", "--resume", "--output", output)
+    text = run("benchmark", *arguments, exit_code=2)
+    assert text.startswith(f"error: {output} ") and len(text.strip().splitlines()) == 1
+    assert output.read_text() == content
+
+
+@pytest.mark.parametrize("given", [("--threads", 0), ("--threads", -2), ("--max-seconds", -1)])
+@pytest.mark.parametrize("command", ["all", "gemm", "step", "pipeline"])
+def test_numbers_that_cannot_be_are_a_usage_error(command, given, monkeypatch):
+    monkeypatch.setattr("diffusers_dq.benchmark.commands.Run.measure", lambda *args: pytest.fail("it measures"))
+    text = " ".join(run("benchmark", command, *given, exit_code=2).split())
+    assert f"Invalid value for '{given[0]}'" in text and "Usage:" in text
+
+
+def test_a_disk_that_fills_up_is_a_message(tmp_path, monkeypatch):
+    def full(results):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setitem(plan.PEAK_SIZE, "cpu", 64)
+    monkeypatch.setattr("diffusers_dq.benchmark.results.Results.save", full)
+    arguments = ("gemm", "8x8x8", "--rounds", 1, "--device", "cpu", "--output", tmp_path / "r.json")
+    assert "error: [Errno 28] No space left on device" in run("benchmark", *arguments, exit_code=2)
 
 
 def test_the_report_goes_into_the_readme_it_is_given(tmp_path):

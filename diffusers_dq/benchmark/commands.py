@@ -16,7 +16,7 @@ from diffusers_dq.benchmark.models import CASES, case_of
 from diffusers_dq.benchmark.peers import import_plain_sdnq
 from diffusers_dq.benchmark.pipeline import pipeline_part
 from diffusers_dq.benchmark.plot import save_plot
-from diffusers_dq.benchmark.results import Results
+from diffusers_dq.benchmark.results import Results, check_place
 from diffusers_dq.benchmark.session import Part, Session
 from diffusers_dq.benchmark.settings import Mode, Settings
 from diffusers_dq.benchmark.stage import BOTH
@@ -27,13 +27,14 @@ app = typer.Typer(no_args_is_help=True, help="Speed and size against full precis
 
 Device = Annotated[str, typer.Option(help="cpu or cuda; by default cuda where there is one")]
 Rounds = Annotated[int, typer.Option(help="times each contestant runs, in turns")]
-MaxSeconds = Annotated[float, typer.Option(help="of a group of contestants, after 5 rounds")]
+MaxSeconds = Annotated[float, typer.Option(min=0, help="of a group of contestants, after 5 rounds")]
 Scope = Annotated[str, typer.Option(help="torch.compile of the whole 'model' or of its repeated 'blocks'")]
 Graphs = Annotated[bool | None, typer.Option(help="CUDA graphs for every contestant, or for none; on a GPU for every")]
 Output = Annotated[Path | None, typer.Option(help="results file; by default one named after the hardware")]
 Resume = Annotated[bool, typer.Option("--resume", help="go on with the results file: leave out what it holds")]
 Commit = Annotated[str | None, typer.Option(help="to note, where there is no git checkout to ask")]
-Threads = Annotated[int | None, typer.Option(help="CPU threads of torch")]
+Profile = Annotated[bool, typer.Option("--profile", help="after timing, where each contestant's step spends its time")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads of torch")]
 Models = Annotated[list[str] | None, typer.Argument(help=f"of {', '.join(CASES)}")]
 Layers = Annotated[int | None, typer.Option(help="fewer layers than the published model")]
 Batch = Annotated[int | None, typer.Option(help="pictures or videos; guidance doubles it")]
@@ -63,8 +64,8 @@ class Run:
         typer.echo(f"{about['hardware']}, {about['threads']} CPU threads; results: {results.path}")
         with _told():
             Session(self.settings, results, typer.echo, self.budget).run(parts)
-        results.bars = bars.judge_all(results)
-        results.save()
+            results.bars = bars.judge_all(results)
+            results.save()
         typer.echo("\nbars:\n" + "\n".join(bars.line(judged) for judged in results.bars))
         typer.echo(f"\nwritten: {results.path}")
         return results
@@ -75,6 +76,7 @@ class Run:
         name = f"{self.command}-{environment.slug(about['hardware'])}.json"
         path = self.output or environment.results_folder() / name
         with _told():
+            check_place(path)
             return Results.resume(path, about) if self.resume else Results(about, path)
 
 
@@ -89,6 +91,7 @@ def measure_all(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="every path at tiny sizes on the CPU: no figures")
     ] = False,
+    profile: Profile = False,
     output: Output = None,
     resume: Resume = False,
     commit: Commit = None,
@@ -97,7 +100,7 @@ def measure_all(
     """All that the project promises, the most important first: about 8 minutes on an H200."""
     if dry_run:
         device, rounds = device or "cpu", 2
-    settings = _settings(device, rounds, max_seconds, scope, cuda_graphs, threads)
+    settings = _settings(device, rounds, max_seconds, scope, cuda_graphs, threads, profile)
     if dry_run:
         import_plain_sdnq()
         settings = replace(settings, backend="aot_eager")
@@ -144,13 +147,14 @@ def measure_step(
     max_seconds: MaxSeconds = 60.0,
     scope: Scope = "",
     cuda_graphs: Graphs = None,
+    profile: Profile = False,
     output: Output = None,
     resume: Resume = False,
     commit: Commit = None,
     threads: Threads = None,
 ) -> None:
     """One denoising step of each model, for every contestant."""
-    settings = _settings(device, rounds, max_seconds, scope, cuda_graphs, threads)
+    settings = _settings(device, rounds, max_seconds, scope, cuda_graphs, threads, profile)
     sizes = dict(layers=layers, batch=batch, tokens=tokens, heads=heads, head_dim=head_dim, frames=frames, cfg=cfg)
     names = tuple(contestant) if contestant else None
     with _told():
@@ -163,7 +167,7 @@ def measure_step(
 @app.command("pipeline")
 def measure_pipeline(
     model: Annotated[str, typer.Argument(help="dit-512 or dit-256")] = "dit-512",
-    steps: Annotated[int, typer.Option(help="denoising steps of a picture")] = 20,
+    steps: Annotated[int, typer.Option(min=1, help="denoising steps of a picture")] = 20,
     layers: Layers = None,
     batch: Batch = None,
     tokens: Tokens = None,
@@ -204,7 +208,13 @@ def write_report(
 
 
 def _settings(
-    device: str, rounds: int, max_seconds: float, scope: str, cuda_graphs: bool | None, threads: int | None
+    device: str,
+    rounds: int,
+    max_seconds: float,
+    scope: str,
+    cuda_graphs: bool | None,
+    threads: int | None,
+    profile: bool = False,
 ) -> Settings:
     """With what depends on the device filled in: on a GPU blocks are compiled, and CUDA graphs are for all."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -218,6 +228,7 @@ def _settings(
             max_seconds=max_seconds,
             scope=scope or ("blocks" if on_gpu else "model"),  # type: ignore[arg-type] # checked there
             cuda_graphs=on_gpu if cuda_graphs is None else cuda_graphs,
+            profile=profile,
         )
 
 
@@ -240,6 +251,6 @@ def _told() -> Iterator[None]:
     """A mistake in what was given is a message, not a traceback."""
     try:
         yield
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error

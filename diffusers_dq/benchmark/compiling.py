@@ -34,6 +34,19 @@ def kept_inductor_config() -> Iterator[None]:
         inductor_config.load_config(before)
 
 
+@contextmanager
+def compiled_anew(config: bytes) -> Iterator[None]:
+    """Within, nothing compiled earlier is reused, and Inductor's CPU kernels show up by name in a profile.
+
+    config: what `inductor_config.save_config()` returned when the contestant was made.
+    """
+    torch._dynamo.reset()
+    with kept_inductor_config():
+        inductor_config.load_config(config)
+        with inductor_config.patch({"cpp.enable_kernel_profile": True}):
+            yield
+
+
 class Compiled:
     """A model that runs compiled inside `with compiled.active():`, and is itself as before outside.
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from diffusers_dq.benchmark.bars import judge_all
 from diffusers_dq.benchmark.results import Results
-from diffusers_dq.benchmark.tables import group_table, plain, table, title
+from diffusers_dq.benchmark.tables import group_table, plain, profile_tables, table, title
 
 BEGIN = "<!-- benchmarks: begin (generated) -->"
 END = "<!-- benchmarks: end -->"
@@ -71,7 +71,7 @@ def _of_file(name: str, results: Results, folder: str) -> list[str]:
         if groups:
             parts.append(f"#### {heading}")
         for group in groups:
-            parts += [f"**{title(group)}**", group_table(group)]
+            parts += [f"**{title(group)}**", group_table(group), *profile_tables(group)]
     return parts
 
 

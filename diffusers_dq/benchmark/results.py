@@ -3,10 +3,13 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from diffusers_dq.benchmark.checking import check
 
 FORMAT_VERSION = 1
 Row = dict[str, Any]
@@ -50,7 +53,7 @@ class Results:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         content = {"format_version": FORMAT_VERSION, "about": self.about, "bars": self.bars, "groups": self.groups}
-        half = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
+        half = _half_of(self.path)
         try:
             half.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
             half.replace(self.path)
@@ -62,6 +65,8 @@ class Results:
         """Raises ValueError for a file that is not a results file of this format."""
         try:
             content = json.loads(path.read_text())
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read ({error.strerror}); measure again without --resume") from None
         except ValueError as error:
             raise ValueError(f"{path} is not JSON ({error}); measure again without --resume") from None
         version = content.get("format_version") if isinstance(content, dict) else None
@@ -69,6 +74,10 @@ class Results:
             raise ValueError(
                 f"{path} has format_version {version!r}, expected {FORMAT_VERSION}; measure again without --resume"
             )
+        try:
+            check(content)
+        except ValueError as error:
+            raise ValueError(f"{path} is not a results file: {error}; measure again without --resume") from None
         return cls(content["about"], path, content["groups"], content["bars"])
 
     @classmethod
@@ -87,6 +96,40 @@ class Results:
                     " Give the same options on the same machine, another --output, or leave --resume out"
                 )
         return earlier
+
+
+def check_place(path: Path) -> None:
+    """Raises ValueError where `save` could not write `path`. Leaves nothing behind, and what is there as it is."""
+    missing: list[Path] = []
+    try:
+        if path.is_dir():
+            raise ValueError(f"{path} is a directory; give --output the name of a file, as {path / 'results.json'}")
+        if path.exists() and not (path.is_file() and os.access(path, os.W_OK)):
+            raise ValueError(f"{path} is not a file that you may write to; give --output another name")
+        missing += [folder for folder in path.parents if not folder.exists()]
+        if missing:
+            path.parent.mkdir(parents=True)
+        half = _half_of(path)
+        half.touch()
+        half.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be written ({error.strerror}); give --output a file in a directory that you may write to"
+        ) from None
+    finally:
+        _remove_empty(missing)
+
+
+def _half_of(path: Path) -> Path:
+    """Where a file is written before it takes the place of `path`."""
+    return path.with_name(f"{path.name}.{os.getpid()}.tmp")
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    """folders: the innermost first; those that are not there, or not empty, stay as they are."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def _key(group: Mapping[str, Any]) -> str:

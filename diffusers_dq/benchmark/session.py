@@ -12,7 +12,7 @@ import torch
 from diffusers_dq.benchmark.failures import reason_of
 from diffusers_dq.benchmark.results import Results
 from diffusers_dq.benchmark.settings import Settings
-from diffusers_dq.benchmark.tables import group_table
+from diffusers_dq.benchmark.tables import group_table, profile_tables
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Session:
             group["failed"] = reason_of(error)
         group["seconds"] = round(time.perf_counter() - start, 1)
         self.results.add(group)
-        self.say(group_table(group))
+        self.say("\n\n".join([group_table(group), *profile_tables(group)]))
         self._clean_up()
 
     def _clean_up(self) -> None:

@@ -17,6 +17,7 @@ class Settings:
     """rounds: times each contestant runs, fewer where a group would take longer than `max_seconds`.
     scope: torch.compile of the whole model, or of each repeated block (the same code for all, so compiled once).
     backend: of torch.compile.   cuda_graphs: every contestant is captured and replayed, or none is.
+    profile: steps are profiled after they were timed.
     """
 
     device: str
@@ -26,6 +27,7 @@ class Settings:
     scope: Scope = "model"
     backend: str = "inductor"
     cuda_graphs: bool = False
+    profile: bool = False
 
     def __post_init__(self) -> None:
         if self.device not in ("cpu", "cuda"):

@@ -7,11 +7,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+import torch._inductor.config as inductor_config
 from torch import nn
 
-from diffusers_dq.benchmark.compiling import Compiled, kept_inductor_config, many_variants
+from diffusers_dq.benchmark.compiling import Compiled, compiled_anew, kept_inductor_config, many_variants
 from diffusers_dq.benchmark.failures import reason_of
 from diffusers_dq.benchmark.models import Case, build, inputs
+from diffusers_dq.benchmark.profiling import Profile
 from diffusers_dq.benchmark.results import Row
 from diffusers_dq.benchmark.roofline import linear_calls
 from diffusers_dq.benchmark.settings import Mode, Settings
@@ -19,6 +21,7 @@ from diffusers_dq.benchmark.timing import Call, Spread, interleave
 from diffusers_dq.benchmark.variants import Source, Variant, calibrated
 
 Prepare = Callable[[nn.Module, Variant, Compiled | None], tuple[Call, dict[str, Any]]]
+TakeProfile = Callable[[nn.Module, Variant, Compiled | None], Profile]
 BOTH: tuple[Mode, ...] = ("eager", "compiled")
 
 
@@ -32,15 +35,28 @@ def make_source(case: Case, settings: Settings) -> Source:
     return Source(case, full if settings.device == "cpu" else None, half, statistics, linears, reference)
 
 
+@dataclass(frozen=True)
+class Entrant:
+    """inductor: Inductor's settings after the model was made, as bytes."""
+
+    model: nn.Module
+    variant: Variant
+    inductor: bytes
+
+
 @dataclass
 class Stage:
-    """prepare(model, variant, compiled) -> what to time, warm by now, and facts for its row."""
+    """prepare(model, variant, compiled) -> what to time, warm by now, and facts for its row.
+    profile(model, variant, compiled) -> where its time goes, compiled anew; None leaves it out.
+    """
 
     source: Source
     settings: Settings
     prepare: Prepare
+    profile: TakeProfile | None = None
     rows: dict[str, Row] = field(default_factory=dict)
     calls: dict[str, Call] = field(default_factory=dict)
+    entrants: dict[str, Entrant] = field(default_factory=dict)
 
     def run(self, variants: Sequence[Variant], modes: Sequence[Mode]) -> list[Row]:
         """modes: of all but bf16, against which the rest is compared: it runs in both."""
@@ -51,6 +67,8 @@ class Stage:
                 with kept_inductor_config():
                     self._enter(variant, BOTH if variant.name == "bf16" else modes)
             self._time()
+            if self.profile is not None:
+                self._profile(self.profile)
         return list(self.rows.values())
 
     def _enter(self, variant: Variant, modes: Sequence[Mode]) -> None:
@@ -65,12 +83,15 @@ class Stage:
         for mode in modes:
             label = f"{variant.name} {mode}"
             try:
-                compiled = Compiled(model, self.settings) if mode == "compiled" else None
-                self.calls[label], facts = self.prepare(model, variant, compiled)
+                self.calls[label], facts = self.prepare(model, variant, self._compiled(model, mode))
             except Exception as error:
                 self._fail(label, reason_of(error))
             else:
                 self.rows[label] |= facts
+                self.entrants[label] = Entrant(model, variant, inductor_config.save_config())
+
+    def _compiled(self, model: nn.Module, mode: str) -> Compiled | None:
+        return Compiled(model, self.settings) if mode == "compiled" else None
 
     def _time(self) -> None:
         settings = self.settings
@@ -86,6 +107,18 @@ class Stage:
         spreads = {label: Spread.of(seconds) for label, seconds in times.seconds.items()}
         for label, spread in spreads.items():
             self.rows[label] |= asdict(spread) | _ratios(spread, spreads)
+
+    def _profile(self, take: TakeProfile) -> None:
+        """After all were timed: what is compiled for a profile is slower by the profile."""
+        for label, entrant in self.entrants.items():
+            row = self.rows[label]
+            if "failed" in row:
+                continue
+            try:
+                with compiled_anew(entrant.inductor):
+                    row["profile"] = take(entrant.model, entrant.variant, self._compiled(entrant.model, row["mode"]))
+            except Exception as error:
+                row["profile"] = {"failed": reason_of(error)}
 
     def _fail(self, label: str, reason: str) -> None:
         row = self.rows[label]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from diffusers_dq.benchmark.compiling import Compiled
 from diffusers_dq.benchmark.graphs import captured
 from diffusers_dq.benchmark.models import Case, Inputs, inputs
+from diffusers_dq.benchmark.profiling import Profile, profile_of
 from diffusers_dq.benchmark.roofline import LinearCall, weight_bytes
 from diffusers_dq.benchmark.session import Part
 from diffusers_dq.benchmark.settings import Mode, Settings
@@ -51,7 +52,10 @@ def measure_step(
             facts["peak_bytes"] = facts["weight_bytes"] + _peak_beyond(step)
         return captured(step) if settings.cuda_graphs else step, facts
 
-    rows = Stage(source, settings, prepare).run(variants, modes)
+    def profile(model: nn.Module, variant: Variant, compiled: Compiled | None) -> Profile:
+        return profile_of(Step(model, arguments[variant.dtype], compiled), settings.device)
+
+    rows = Stage(source, settings, prepare, profile if settings.profile else None).run(variants, modes)
     group: dict[str, Any] = {"title": case.title, "note": NOTE, "rows": rows, **_roofline(source.linears, peak)}
     if settings.device == "cpu":
         group["process_peak_rss_bytes"] = _peak_rss()

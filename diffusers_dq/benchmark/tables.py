@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Groups of a results file as Markdown tables, which a terminal shows as well."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from diffusers_dq.benchmark.results import Group, Row
 
 Column = tuple[str, Callable[[Row], str]]
+
+_LEAST_SHARE = 0.01
+_NAME_WIDTH, _NAME_END = 60, 8
 
 
 def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -33,6 +37,46 @@ def group_table(group: Group) -> str:
     failed = [row for row in group["rows"] if "failed" in row]
     parts += ["\n".join(f"- {label(row)} failed: {plain(row['failed'])}" for row in failed)] if failed else []
     return "\n\n".join([*parts, *_remarks(group)])
+
+
+def profile_tables(group: Group) -> list[str]:
+    """Where the time of each profiled row goes, after a line that says how to read it; [] where none was profiled."""
+    profiled = [row for row in group["rows"] if "profile" in row]
+    if not profiled:
+        return []
+    heading = (
+        "Where the time goes, by torch.profiler, in a run after the timed one. ms and calls are a step's, without what"
+        f" an entry calls in turn; entries of at least {_LEAST_SHARE:.0%}, of 10 recorded."
+    )
+    return [heading, *map(_profile_table, profiled)]
+
+
+def kernel_name(name: str) -> str:
+    """Short enough for a table: without Inductor's graph number and hash, and cut in the middle."""
+    name = re.sub(r"^graph_\d+_", "", name)
+    name = re.sub(r"^## (.*?)(?: \w{30,})? ##$", r"\1", name)
+    if len(name) <= _NAME_WIDTH:
+        return name
+    return f"{name[: _NAME_WIDTH - _NAME_END - 3]}...{name[-_NAME_END:]}"
+
+
+def _profile_table(row: Row) -> str:
+    profile = row["profile"]
+    if "failed" in profile:
+        return f"- {label(row)} was not profiled: {plain(profile['failed'])}"
+    shares = [(entry, entry["ms"] / profile["ms"]) for entry in profile["entries"] if profile["ms"]]
+    lines = [
+        [_code(kernel_name(entry["name"])), f"{entry['calls']:g}", _milliseconds(entry["ms"]), f"{share:.0%}"]
+        for entry, share in shares
+        if share >= _LEAST_SHARE
+    ]
+    total = ["all", "", _milliseconds(profile["ms"]), "100%"]
+    return table([label(row), "calls", "ms", "of all"], [*lines, total])
+
+
+def _code(text: str) -> str:
+    """As code, in the cell of a table."""
+    return f"`{text.replace('|', chr(92) + '|')}`"
 
 
 def label(row: Row) -> str:

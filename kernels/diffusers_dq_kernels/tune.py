@@ -14,10 +14,12 @@ import argparse
 import datetime
 import functools
 import itertools
+import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -425,12 +427,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         tasks = _tasks(options.op, options.shapes, options.models)
-        table = tune(DryRun() if options.dry_run else Gpu(), tasks, options.output)
+        machine = DryRun() if options.dry_run else Gpu()
+        objection = _objection_to(options.output, file_name(machine.capability))
+        if objection is not None:
+            print(f"error: --output {options.output}: {objection}", file=sys.stderr)
+            return 2
+        table = tune(machine, tasks, options.output)
     except (RuntimeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"wrote {table.path}: use it with DIFFUSERS_DQ_TILES={options.output}")
     return 0
+
+
+def _objection_to(output: Path, table: str) -> str | None:
+    """Why the file `table` could not be written in `output`, or None. Leaves nothing behind and changes no file."""
+    missing: list[Path] = []
+    try:
+        if output.exists() and not output.is_dir():
+            return "is not a directory; give the directory of the tables"
+        path = output / table
+        if path.exists() and not (path.is_file() and os.access(path, os.R_OK | os.W_OK)):
+            return f"{table} in it is not a file that you may read and write; give another directory"
+        missing += [folder for folder in (output, *output.parents) if not folder.exists()]
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=output):
+            return None
+    except OSError as error:
+        return f"cannot be written to ({error.strerror}); give a directory that you may write to"
+    finally:
+        for folder in missing:
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def _parser() -> argparse.ArgumentParser:

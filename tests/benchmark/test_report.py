@@ -15,6 +15,8 @@ from diffusers_dq.benchmark.tables import table
 CHECKOUT = Path(__file__).parents[2]
 SPREAD = {"median_ms": 2.0, "quartile_low_ms": 1.5, "quartile_high_ms": 2.5, "rounds": 3}
 
+PROFILE = {"ms": 2.0, "entries": [{"name": "graph_3_cpp_fused__to_copy_7", "calls": 4.0, "ms": 1.5}]}
+
 
 def made_up(path: Path) -> Results:
     settings = {"rounds": 3, "scope": "blocks", "cuda_graphs": True}
@@ -26,7 +28,7 @@ def made_up(path: Path) -> Results:
     base = {"kind": "baseline", "mode": "compiled", "times_bf16_compiled": 1.0, **SPREAD}
     rows = [
         {"name": "bf16", **base, "weight_bytes": 2_000_000},
-        {"name": "HTG W8A8 static", **base, "kind": "ours", "times_bf16_compiled": 1.8},
+        {"name": "HTG W8A8 static", **base, "kind": "ours", "times_bf16_compiled": 1.8, "profile": PROFILE},
         {"name": "SDNQ int8", "mode": "compiled", "kind": "peer", "failed": "RuntimeError: a|b <c>"},
     ]
     sizes = dict(layers=28, heads=16, head_dim=72, frames=1, tokens=1024, batch=16, cfg=True)
@@ -68,8 +70,20 @@ def test_the_section_has_the_hardware_every_row_and_every_failure(tmp_path):
         "failed: MemoryError",
         "The linears alone at the measured int8 peak: 1 ms.",
         "| DiT-XL/2 512 step, HTG W8A8 times compiled bf16",
+        "Where the time goes",
+        "| `cpp_fused__to_copy_7`    |     4 | 1.5 |    75% |",
     ):
         assert part in text, part
+
+
+def test_a_file_without_profiles_is_shown_without_them():
+    found, left_out = load_all(CHECKOUT / "kernels" / "benchmarks" / "results")
+    assert found and not left_out
+    for results in found.values():
+        for group in results.groups:
+            for row in group["rows"]:
+                row.pop("profile", None)
+    assert "Where the time goes" not in section(found, left_out)
 
 
 def test_a_file_of_another_format_is_named_not_dropped(tmp_path):

@@ -13,7 +13,7 @@ ROW = {"name": "bf16", "median_ms": 1.0, "quartile_low_ms": 1.0, "quartile_high_
 
 
 def part(name, measure=lambda settings, peak: {"rows": [ROW]}, kind="gemm"):
-    return Part(kind, name, {"m": 1, "n": 1, "k": 1}, measure)
+    return Part(kind, name, {"model": "DiT", "m": 1, "n": 1, "k": 1}, measure)
 
 
 def failing(error):
@@ -32,7 +32,10 @@ def test_a_part_that_fails_is_recorded_and_the_next_runs():
 
 
 def test_an_interrupted_run_keeps_what_it_has_measured(tmp_path):
-    results = Results({}, tmp_path / "r.json")
+    settings = {"rounds": 1, "scope": "model", "cuda_graphs": False}
+    about = dict.fromkeys(("driver", "commit", "dirty")) | {"threads": 1, "versions": {}, "settings": settings}
+    about |= dict.fromkeys(("hardware", "device", "date"), "")
+    results = Results(about, tmp_path / "r.json")
     with pytest.raises(KeyboardInterrupt):
         Session(SETTINGS, results, str).run([part("a"), part("b", failing(KeyboardInterrupt())), part("c")])
     assert [group["name"] for group in Results.load(results.path).groups] == ["a"]

@@ -157,6 +157,32 @@ def test_bad_arguments(arguments: list[str], message: str, tmp_path: Path, capsy
     assert re.search(message, capsys.readouterr().err)
 
 
+def test_an_output_that_cannot_be_written_is_found_before_anything_is_timed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tune, "tune", lambda *arguments: pytest.fail("it times"))
+    (tmp_path / "file").write_text("something")
+    (tmp_path / "tables" / "sm_90.json").mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    for output, message in (
+        ("file", "is not a directory; give the directory of the tables"),
+        ("file/tables", "cannot be written to (Not a directory); give a directory that you may write to"),
+        (f"new/{300 * 'x'}", "cannot be written to (File name too long); give a directory that you may write to"),
+        ("tables", "sm_90.json in it is not a file that you may read and write; give another directory"),
+    ):
+        assert tune.main(["--shapes", "64x64x64", "--output", str(tmp_path / output), "--dry-run"]) == 2
+        assert capsys.readouterr().err == f"error: --output {tmp_path / output}: {message}\n"
+        assert sorted(tmp_path.rglob("*")) == before and (tmp_path / "file").read_text() == "something"
+
+
+def test_the_look_at_the_output_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "sm_90.json").write_text("something")
+    for output in (tmp_path, tmp_path / "new" / "deep"):
+        assert tune._objection_to(output, "sm_90.json") is None
+        assert list(tmp_path.rglob("*")) == [tmp_path / "sm_90.json"]
+    assert (tmp_path / "sm_90.json").read_text() == "something"
+
+
 def test_a_damaged_table_in_the_output_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "sm_90.json").write_text(json.dumps({"format_version": 7}))
     assert tune.main(["--shapes", "64x64x64", "--output", str(tmp_path), "--dry-run"]) == 1
