@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import diffusers_dq_kernels as ops
 from diffusers_dq import affine
-from diffusers_dq.linear import LinearLayout, QuantizedLinear
+from diffusers_dq.linear import InputRounding, LinearLayout, QuantizedLinear
 from diffusers_dq.planning import LinearPlan
 from diffusers_dq.scheme import QuantScheme
 from diffusers_dq.timesteps import TimestepGroups, expand, group_of
@@ -37,12 +37,12 @@ def build_linear(
     layout = LinearLayout(
         weight_bits=plan.bits.weight,
         activation_bits=plan.bits.activation,
-        dynamic=plan.scheme is not None and plan.scheme.dynamic,
-        per_token=plan.scheme is not None and plan.scheme.granularity == "token",
+        rounding=_rounding(plan.scheme),
         bias_groups=_rows(tables, "bias_groups"),
         range_groups=_rows(tables, "input_scale"),
         shift_groups=_rows(tables, "input_shift"),
         smooth="input_inv_smooth" in tables,
+        rotation_order=1 if plan.chain.rotation is None else plan.chain.rotation.order,
         partition=partition,
     )
     layer = QuantizedLinear(
@@ -63,6 +63,14 @@ def build_linear(
     return layer
 
 
+def _rounding(scheme: QuantScheme | None) -> InputRounding | None:
+    if scheme is None:
+        return None
+    if not scheme.dynamic:
+        return "static"
+    return "token" if scheme.granularity == "token" else "tensor"
+
+
 _SWITCHED = ("bias_groups", "input_scale", "input_zero_point", "input_shift")
 
 
@@ -79,7 +87,7 @@ def _rows(tables: dict[str, Tensor], name: str) -> int:
 def _folded(linear: nn.Linear, plan: LinearPlan) -> tuple[Tensor, Tensor | None]:
     """(W' [N, K], b' [1 or G, N]) in fp64; (W, None) where the plan leaves the function alone."""
     weight = linear.weight.detach().double()
-    if not plan.chain.transforms and not plan.rows:
+    if not plan.chain.every and not plan.rows:
         return weight, None
     weight, bias = plan.chain.fold(weight, _bias_of(linear)[None])
     bias = expand(bias, plan.chain.boundaries, plan.boundaries)
@@ -101,11 +109,13 @@ def _bias_of(linear: nn.Linear) -> Tensor:
 
 
 def _online_tables(plan: LinearPlan, channels: int) -> dict[str, Tensor]:
-    """T_g as the quantize step applies it: u = (x - input_shift_g) input_inv_smooth."""
-    if not plan.online:
-        return {}
-    multiplier, offset = plan.chain.as_affine(channels)
+    """T_g as the quantize step applies it: u = ((x - input_shift_g) input_inv_smooth) R."""
     tables = {}
+    if plan.chain.rotation is not None:
+        tables["rotation_signs"] = plan.chain.rotation.signs
+    if not plan.online:
+        return tables
+    multiplier, offset = plan.chain.as_affine(channels)
     if (multiplier != 1).any():
         tables["input_inv_smooth"] = multiplier
     if offset.any():

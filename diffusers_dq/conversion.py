@@ -74,7 +74,7 @@ class Conversion:
             tied=installation.identical(model, self.spec.duplicates),
             notes={name: linear.note for name, linear in plan.linears.items() if linear.note} | dict(plan.kept),
             dtype=self.dtype,
-            shared=installation.readers(self.layers, [group.linears for group in self.spec.groups]),
+            shared=installation.sharing(self.layers, [group.linears for group in self.spec.groups]),
         )
         device = next(iter(self.layers.values())).weight.device if self.layers else "cpu"
         installation.install(

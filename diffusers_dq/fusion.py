@@ -128,7 +128,7 @@ def _dtype_between(x: Tensor) -> torch.dtype:
 def _rounds(linear: nn.Module) -> bool:
     if type(linear) is not QuantizedLinear or not _unhooked(linear):
         return False
-    return linear.layout.static or (linear.layout.rounds_input and linear.layout.per_token)
+    return linear.layout.rounding in ("static", "token")
 
 
 def _unhooked(module: nn.Module) -> bool:

@@ -180,7 +180,7 @@ def identical(model: nn.Module, duplicates: Sequence[tuple[str, str]]) -> dict[s
     return {copied: original for copied, original in duplicates if _equal(model, copied, original)}
 
 
-def readers(layers: Mapping[str, QuantizedLinear], groups: Sequence[Sequence[str]]) -> dict[str, str]:
+def sharing(layers: Mapping[str, QuantizedLinear], groups: Sequence[Sequence[str]]) -> dict[str, str]:
     """Linear -> the first of its group, in the same module, that rounds the group's input in the same way.
 
     In the same module: text that all blocks read is one tensor for all of them, and what one compiled block left on it

@@ -5,8 +5,8 @@ Shapes: N out_features, K in_features, G timestep groups. The names of its tenso
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from diffusers_dq.timesteps import TimestepGroups
 NOT_ROUNDED = 16
 WEIGHT_BITS = (4, 6, 8, NOT_ROUNDED)
 ACTIVATION_BITS = (4, 5, 6, 7, 8, NOT_ROUNDED)
+InputRounding = Literal["static", "token", "tensor"]
+INPUT_ROUNDINGS = get_args(InputRounding)
 
 
 @dataclass(frozen=True)
@@ -46,26 +48,33 @@ class Bits:
 class LinearLayout:
     """Which tensors a QuantizedLinear has and how it computes: all that must be known before its weights are.
 
-    weight_bits, activation_bits: 16 is not rounded.   dynamic: the input scale is found at run time.
-    per_token: a dynamic scale a token, else one for the whole input.
+    weight_bits, activation_bits: 16 is not rounded.
+    rounding: of the input: "static" by calibrated scales, "token" or "tensor" by one found at run time for each token
+        or for the whole input; None where it is not rounded.
     bias_groups, range_groups, shift_groups: rows of the tables of biases, input scales and input shifts; 0 where there
         is no such table (bias_groups 0: an ordinary bias or none), 1 where all groups share a row.
-    smooth: the input is divided by a vector online.   partition: which entry of TimestepGroups.index applies.
+    smooth: the input is divided by a vector online.   rotation_order: of the Hadamard matrix that then mixes its
+        channels, 1 for none.   partition: which entry of TimestepGroups.index applies.
     """
 
     weight_bits: int
     activation_bits: int
-    dynamic: bool = False
-    per_token: bool = False
+    rounding: InputRounding | None = None
     bias_groups: int = 0
     range_groups: int = 0
     shift_groups: int = 0
     smooth: bool = False
+    rotation_order: int = 1
     partition: int = 0
 
     def __post_init__(self) -> None:
         Bits(self.weight_bits, self.activation_bits)
-        for name in ("bias_groups", "range_groups", "shift_groups", "partition"):
+        known = (None,) if self.activation_bits == NOT_ROUNDED else INPUT_ROUNDINGS
+        if self.rounding not in known:
+            raise ValueError(
+                f"rounding with activation_bits={self.activation_bits} must be one of {known}, got {self.rounding!r}"
+            )
+        for name in ("bias_groups", "range_groups", "shift_groups", "partition", "rotation_order"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 0:
                 raise ValueError(f"{name} must be a whole number, got {getattr(self, name)!r}")
 
@@ -79,7 +88,12 @@ class LinearLayout:
 
     @property
     def static(self) -> bool:
-        return self.rounds_input and not self.dynamic
+        return self.rounding == "static"
+
+    @property
+    def of_input(self) -> "LinearLayout":
+        """What it says of the input alone: equal for linears that do the same to theirs."""
+        return replace(self, weight_bits=8, bias_groups=0)
 
     def to_dict(self) -> dict[str, Any]:
         """Only what differs from the defaults: config.json holds one a linear."""
@@ -89,7 +103,7 @@ class LinearLayout:
 _ROUNDED = "_diffusers_dq_rounded"  # attribute of an activation while torch.compile traces
 
 # What a layer does to its input, besides its layout.
-_INPUT_TABLES = ("input_scale", "input_zero_point", "input_inv_smooth", "input_shift")
+_INPUT_TABLES = ("input_scale", "input_zero_point", "input_inv_smooth", "input_shift", "rotation_signs")
 
 
 class QuantizedLinear(nn.Linear):
@@ -99,8 +113,8 @@ class QuantizedLinear(nn.Linear):
     where not rounded.
     bias: Parameter [N] or None; with timestep groups it gives way to `bias_groups` [G, N].
     Buffers, fp32 whatever the model is cast to (fp64 where an fp64 weight is not rounded): weight_scale [N];
-    input_scale [1 or G] and input_zero_point int32 of a static scheme; input_inv_smooth [K] and
-    input_shift [1 or G, K] of an online transform.
+    input_scale [1 or G] and input_zero_point int32 of a static scheme; input_inv_smooth [K], input_shift [1 or G, K]
+    and rotation_signs [K] int8 of an online transform.
     An `nn.Linear` by class, so that LoRA, offloading and skip lists find it.
     """
 
@@ -110,6 +124,7 @@ class QuantizedLinear(nn.Linear):
     input_zero_point: Tensor | None
     input_inv_smooth: Tensor | None
     input_shift: Tensor | None
+    rotation_signs: Tensor | None
     weight_sum: Tensor | None
     partition: Tensor
 
@@ -148,6 +163,7 @@ class QuantizedLinear(nn.Linear):
         buffer("input_zero_point", (layout.range_groups,) if layout.static else None, torch.int32)
         buffer("input_inv_smooth", (k,) if layout.smooth else None)
         buffer("input_shift", (layout.shift_groups, k) if layout.shift_groups else None)
+        buffer("rotation_signs", (k,) if layout.rotation_order > 1 else None, torch.int8)
         buffer("weight_sum", (n,) if layout.static else None, torch.int32, keep=False)
         # never on meta, though the rest may be: it is known, and it is no tensor of a file
         place = None if device is None or torch.device(device).type == "meta" else device
@@ -181,10 +197,9 @@ class QuantizedLinear(nn.Linear):
 
     def reads_like(self, other: "QuantizedLinear") -> bool:
         """Whether the two round an input of both to the same integers and scales."""
-        names = ("activation_bits", "dynamic", "per_token", "range_groups", "shift_groups", "smooth", "partition")
         return (
             self.layout.rounds_input
-            and all(getattr(self.layout, name) == getattr(other.layout, name) for name in names)
+            and self.layout.of_input == other.layout.of_input
             and all(
                 getattr(self, name) is None or torch.equal(getattr(self, name), getattr(other, name))
                 for name in _INPUT_TABLES
@@ -231,6 +246,7 @@ class QuantizedLinear(nn.Linear):
         """
         if torch.compiler.is_compiling():
             x, rounded = self._round_norm(hidden_states, norm, scale, shift, keep=True)
+            x = x.view_as(x)  # Dynamo (2.13) sets no attributes of a tensor that came in a tuple from an op
             setattr(x, _ROUNDED, (self, rounded, self.readers))
             return x
         with torch.inference_mode(False), torch.no_grad():  # a tensor that counts its writes, so that it may be kept
@@ -242,10 +258,9 @@ class QuantizedLinear(nn.Linear):
     def _round_norm(
         self, h: Tensor, norm: nn.LayerNorm, scale: Tensor, shift: Tensor, keep: bool
     ) -> tuple[Tensor, RoundedInput]:
-        group, layout = self._group(h.device), self.layout
-        transform = (group, self.input_shift, self.input_inv_smooth, layout.activation_bits)
+        transform = self._transform_arguments(self._group(h.device))
         normed = (h, "layer", norm.eps, norm.weight, norm.bias, scale, shift, keep)
-        if layout.static:
+        if self.layout.static:
             integers, x = ops.norm_quantize_static(*normed, self.input_scale, self.input_zero_point, *transform)
             return x, RoundedInput(integers, None)
         integers, tokens, x = ops.norm_quantize_dynamic(*normed, *transform)
@@ -254,8 +269,10 @@ class QuantizedLinear(nn.Linear):
     def _rounded_in_graph(self, x: Tensor) -> RoundedInput:
         """The same while torch.compile traces, which carries Python attributes of intermediate tensors along.
 
-        All who share read the tables of the first, unless an offloading hook has taken those away. The last of them
-        takes the attribute back, so that it does not outlive the graph on a tensor that came from outside.
+        Not of those that an op put out in a tuple: two linears that read what `chunk` gives, as it is, break the graph
+        (torch 2.13). All who share read the tables of the first, unless an offloading hook has taken those
+        away. The last of them takes the attribute back, so that it does not outlive the graph on a tensor that came
+        from outside.
         """
         first = self._first_reader[0] if self._first_reader else self
         kept = getattr(x, _ROUNDED, None)
@@ -280,13 +297,15 @@ class QuantizedLinear(nn.Linear):
 
     def _transform(self, x: Tensor, group: Tensor) -> Tensor:
         """The online form of T_g, in the tables' precision."""
-        if self.input_shift is None and self.input_inv_smooth is None:
+        if self.input_shift is None and self.input_inv_smooth is None and self.rotation_signs is None:
             return x
         u = x.to(torch.promote_types(x.dtype, torch.float32))
         if self.input_shift is not None:
             u = u - self._row(self.input_shift, group)
         if self.input_inv_smooth is not None:
             u = u * self.input_inv_smooth
+        if self.rotation_signs is not None:
+            u = ops.rotate(u, self.rotation_signs, self.layout.rotation_order)
         return u.to(x.dtype)
 
     def _bias(self) -> Tensor | None:
@@ -303,13 +322,20 @@ class QuantizedLinear(nn.Linear):
         return F.linear(x, self.weight) + self._row(self.bias_groups, group).to(x.dtype)
 
     def _round(self, x: Tensor, group: Tensor) -> RoundedInput:
-        bits, transform = self.layout.activation_bits, (self.input_shift, self.input_inv_smooth)
+        transform = self._transform_arguments(group)
         if self.layout.static:
-            integers = ops.quantize_static(x, self.input_scale, self.input_zero_point, group, *transform, bits)
+            integers = ops.quantize_static(x, self.input_scale, self.input_zero_point, *transform)
             return RoundedInput(integers, None)
-        if self.layout.per_token:
-            return RoundedInput(*ops.quantize_dynamic(x, group, *transform, bits))
+        if self.layout.rounding == "token":
+            return RoundedInput(*ops.quantize_dynamic(x, *transform))
         return self._round_per_tensor(self._transform(x, group), group)
+
+    def _transform_arguments(self, group: Tensor) -> tuple[Any, ...]:
+        """The last of every op that rounds: what it does to the input first, and to how many bits it rounds."""
+        channels = group, self.input_shift, self.input_inv_smooth, self.layout.activation_bits
+        return (
+            channels if self.rotation_signs is None else (*channels, self.rotation_signs, self.layout.rotation_order)
+        )
 
     def _round_per_tensor(self, u: Tensor, group: Tensor) -> RoundedInput:
         """One scale for the whole input, found now: as if every token had found the same."""
@@ -362,6 +388,9 @@ class QuantizedLinear(nn.Linear):
         if self.weight_scale is not None:
             weight = self.integer_weight().to(self.weight_scale.dtype) * self.weight_scale[:, None]
         bias = self.bias if self.bias_groups is None else self.bias_groups[0]
+        if self.rotation_signs is not None:  # back: R^T is H on its own, then the signs
+            unsigned = torch.ones_like(self.rotation_signs)
+            weight = ops.rotate(weight, unsigned, self.layout.rotation_order) * self.rotation_signs
         if self.input_inv_smooth is not None:
             weight = weight * self.input_inv_smooth
         if self.input_shift is not None:

@@ -3,6 +3,7 @@
 
 Every transform is an affine change of a group's input, so a linear meets at most two kinds: the columns of its weight
 take the change of its own input, its rows the changes of what it produces. They commute: the order of layers is free.
+A rotation is always made by the quantize step, what acts on channels alone upstream where something can carry it.
 
 Notation: K in_features, G timestep groups, S calibrated steps, R tokens a step.
 """
@@ -52,7 +53,8 @@ class InputSample:
 class LinearPlan:
     """All that turns one nn.Linear into a QuantizedLinear.
 
-    chain: the change of its input.   online: made by the layer itself, not upstream.   note: why, where it might be.
+    chain: the change of its input.   online: made by the layer itself, not upstream, as its rotation always is.
+    note: why, where it might be.
     rows: changes of its own output that groups downstream ask for, each with the partition of its offsets.
     sample: of its input before the chain.   corrects_output: let bias and weight scales make up for the systematic
         part of the rounding error, as seen on the sample.
@@ -224,13 +226,13 @@ def _place(
     chain = solution.chains.get(group.name)
     if chain is None:
         return
-    obstacle = _obstacle(group, chain, config, plans)
+    obstacle = _obstacle(group, chain, config, plans) if chain.transforms else None
     for name in group.linears:
         if name in plans:
             plans[name] = replace(
                 plans[name], chain=chain, online=obstacle is not None, note=obstacle or plans[name].note
             )
-    if obstacle is None and group.producer is not None:
+    if chain.transforms and obstacle is None and group.producer is not None:
         updates = tuple((update, chain.boundaries) for update in group.producer.updates(chain, channels))
         producer = plans[group.producer.linear]
         plans[group.producer.linear] = replace(producer, rows=producer.rows + updates)
@@ -287,10 +289,8 @@ def static_range(
     boundaries: Boundaries = (),
 ) -> InputRange:
     """Per-tensor range of the transformed input u = T_g(x): one for all timesteps, or one a group of `boundaries`."""
-    group = group_of(timesteps, chain.boundaries)
-    low = chain.forward(site.minimum, group).amin(dim=1)  # [S]; the transforms here keep the order of values
-    high = chain.forward(site.maximum, group).amax(dim=1)
     tokens = InputSample(site.tokens, timesteps).transformed(chain)
+    low, high = _extremes(site, timesteps, chain, tokens)
     range_group = group_of(timesteps, boundaries)
     parameters = []
     for g in range(len(boundaries) + 1):
@@ -304,6 +304,17 @@ def static_range(
             parameters.append(affine.search_range(rows.reshape(1, -1), *full, scheme))
     scale, zero_point = (torch.cat(parts) for parts in zip(*parameters, strict=True))
     return InputRange(scale, zero_point, boundaries)
+
+
+def _extremes(site: SiteStatistics, timesteps: Tensor, chain: Chain, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Smallest and largest value of u at each step, [S] each: of every token, or after a rotation of the sample.
+
+    Extremes of channels say nothing of their sums. tokens: [S, R, K], the sample of u.
+    """
+    if chain.rotation is not None:
+        return tokens.amin(dim=(1, 2)), tokens.amax(dim=(1, 2))
+    group = group_of(timesteps, chain.boundaries)
+    return chain.forward(site.minimum, group).amin(dim=1), chain.forward(site.maximum, group).amax(dim=1)
 
 
 def _attention_scales(

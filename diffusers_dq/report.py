@@ -126,9 +126,9 @@ def _attention_row(name: str, module: nn.Module, processor: QuantizedAttnProcess
 
 
 def _granularity(layout: LinearLayout) -> str:
-    if not layout.rounds_input:
+    if layout.rounding is None:
         return "not rounded"
-    return f"{'dynamic' if layout.dynamic else 'static'}, a {'token' if layout.per_token else 'tensor'}"
+    return "static, a tensor" if layout.static else f"dynamic, a {layout.rounding}"
 
 
 def op_of(layout: LinearLayout) -> str | None:

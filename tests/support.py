@@ -6,7 +6,14 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel, PixArtTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+)
 
 from diffusers_dq.config import DQConfig
 from diffusers_dq.conversion import Conversion
@@ -63,6 +70,25 @@ def tiny_pixart() -> PixArtTransformer2DModel:
     ).eval()
 
 
+def tiny_pixart_pipeline() -> PixArtSigmaPipeline:
+    """Without a text encoder: `PIXART_CALL` brings the prompt's embedding."""
+    pipe = PixArtSigmaPipeline(None, None, tiny_pipeline().vae, tiny_pixart(), DDIMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+PIXART_CALL: dict[str, Any] = dict(
+    prompt_embeds=torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(0)),
+    prompt_attention_mask=torch.ones(1, 5),
+    negative_prompt=None,
+    negative_prompt_embeds=torch.zeros(1, 5, 32),
+    negative_prompt_attention_mask=torch.ones(1, 5),
+    height=16,
+    width=16,
+    use_resolution_binning=False,
+)
+
+
 def assert_close(output: torch.Tensor, expected: torch.Tensor, flips: float = 2e-3) -> None:
     """Equal but for fp32 sums in another order, after which a few roundings to integers go the other way."""
     assert (output - expected).norm() <= flips * expected.norm()
@@ -94,6 +120,3 @@ class Fixed(Method):
 
     def solve(self, sites: Any, timesteps: Any) -> Solution:
         return Solution(self.chains)
-
-
-__all__ = ["CALLS", "Fixed", "rebuilt_with_chains", "tiny_dit", "tiny_pipeline"]

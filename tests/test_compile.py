@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from diffusers import DiTPipeline, DPMSolverMultistepScheduler
-from support import CALLS, assert_close, tiny_pipeline, tiny_pixart
+from support import CALLS, PIXART_CALL, assert_close, tiny_pipeline, tiny_pixart_pipeline
 from torch._inductor.utils import run_and_get_code
 
 import diffusers_dq as dq
@@ -18,6 +18,7 @@ CONFIGS = {
         method="htg", weight_bits=4, groups=3, online=True, scope="layer", ranges="group"
     ),
     "rtn-w8a8-dynamic": dict(method="rtn"),
+    "quarot-w4a8-dynamic": dict(method="quarot", weight_bits=4),
 }
 
 
@@ -109,21 +110,32 @@ def test_blocks_share_one_graph(name, statistics):
     assert_close(first, expected[0])
 
 
-def test_pixart_compiles_by_block_too():
-    pixart = tiny_pixart()
-    dq.quantize(pixart, dq.DQConfig("rtn"), progress=False)
+@pytest.mark.parametrize("skipped", [[], ["transformer_blocks.0.attn2"]], ids=["all blocks", "one partly skipped"])
+@pytest.mark.parametrize("method", ["rtn", "htg"])
+def test_pixart_compiles_by_block_too(method, skipped):
+    pipe = tiny_pixart_pipeline()
+    statistics = dq.calibrate(pipe, [PIXART_CALL], num_inference_steps=6, progress=False) if method == "htg" else None
+    pixart = pipe.transformer
+    dq.quantize(pixart, dq.DQConfig(method, modules_to_not_convert=skipped), statistics=statistics, progress=False)
     assert pixart._repeated_blocks == ["BasicTransformerBlock"]
-    given = dict(
-        hidden_states=torch.randn(2, 4, 8, 8),
-        encoder_hidden_states=torch.randn(2, 5, 32),
-        timestep=torch.tensor([500, 500]),
-        added_cond_kwargs={"resolution": None, "aspect_ratio": None},
-    )
+
+    def given(step):
+        torch.manual_seed(0)
+        return dict(
+            hidden_states=torch.randn(2, 4, 8, 8),
+            encoder_hidden_states=torch.randn(2, 5, 32),
+            timestep=torch.tensor([step, step]),
+            added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+        )
+
     with torch.no_grad():
-        expected = pixart(**given).sample
+        expected = {step: pixart(**given(step)).sample for step in (900, 500, 20)}
         torch._dynamo.reset()
         pixart.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
-        assert_close(pixart(**given).sample, expected)
+        assert_close(pixart(**given(500)).sample, expected[500])
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for step, output in expected.items():
+                assert_close(pixart(**given(step)).sample, output)
 
 
 def test_dequantizing_takes_the_block_names_back(statistics):

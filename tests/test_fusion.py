@@ -14,6 +14,8 @@ from diffusers_dq import fusion
 CONFIGS = {
     "static": dict(method="htg", groups=3),
     "dynamic": dict(method="rtn"),
+    "rotated": dict(method="quarot"),
+    "rotated static": dict(method="quarot", dynamic=False),
     "online": dict(method="htg", groups=3, online=True, weight_bits=4, ranges="group"),
 }
 

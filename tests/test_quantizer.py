@@ -5,6 +5,8 @@ import copy
 import json
 import logging
 import pickle
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +44,11 @@ VARIANTS = {
     "htg-w4a8": HTG | {"weight_bits": 4},
     "htg-w16a16": HTG | {"weight_bits": 16, "activation_bits": 16},
     "htg-attention": HTG | {"quantize_attention": True},
+    "quarot-w4a8": {"method": "quarot", "weight_bits": 4},
+    "quarot-static": {"method": "quarot", "dynamic": False},
+    "quarot-w4a16": {"method": "quarot", "weight_bits": 4, "activation_bits": 16},
+    "ptq4dit-w4a8": {"method": "ptq4dit", "weight_bits": 4},
+    "smoothquant-online": {"method": "smoothquant", "online": True},
     "htg-per-layer": HTG | {"scope": "layer", "ranges": "group", "online": True},
 }
 LINEAR = "transformer_blocks.1.attn1.to_q"
@@ -124,11 +131,12 @@ def saved(quantized, run_dit, tmp_path_factory):
 @pytest.fixture
 def damaged(saved, tmp_path):
     """A copy of the saved htg-w4a8 pipeline's transformer, to be damaged."""
-    folder = Path(saved["htg-w4a8"][0]) / "transformer"
-    (tmp_path / "transformer").mkdir()
-    for file in folder.iterdir():
-        (tmp_path / "transformer" / file.name).write_bytes(file.read_bytes())
-    return tmp_path
+    return transformer_copied(saved["htg-w4a8"][0], tmp_path)
+
+
+def transformer_copied(folder, target):
+    shutil.copytree(Path(folder) / "transformer", target / "transformer")
+    return target
 
 
 @pytest.fixture(scope="module")
@@ -293,7 +301,8 @@ def test_config_json_says_what_was_done(saved):
     config = saved_config(saved["htg-w4a8"][0])
     expected = {"quant_method": "diffusers_dq", "method": "htg", "weight_bits": 4, "groups": 3, "format_version": 1}
     assert expected.items() <= config.items()
-    layout = {"weight_bits": 4, "activation_bits": 8, "bias_groups": 3, "range_groups": 1, "partition": 1}
+    layout = {"weight_bits": 4, "activation_bits": 8, "rounding": "static"}
+    layout |= {"bias_groups": 3, "range_groups": 1, "partition": 1}
     assert config["result"]["linears"][LINEAR] == layout
 
 
@@ -346,6 +355,19 @@ def test_a_tensor_of_another_shape_is_an_error(damaged, name):
     edit_weights(damaged, lambda tensors: tensors.update({name: torch.cat([tensors[name], tensors[name]])}))
     with pytest.raises(ValueError, match=rf"{name} has shape .* in the file, config.json says"):
         load(damaged)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda weight: torch.cat([weight, weight]), lambda weight: weight[:, :-1], lambda weight: weight.to(torch.int8)],
+    ids=["twice the rows", "a column less", "another dtype"],
+)
+def test_a_packed_w6_weight_that_does_not_fit_is_an_error(saved, tmp_path, change):
+    folder = transformer_copied(saved["htg-w6a8"][0], tmp_path)
+    name = f"{LINEAR}.weight"
+    edit_weights(folder, lambda tensors: tensors.update({name: change(tensors[name]).contiguous()}))
+    with pytest.raises(ValueError, match=re.escape(name)):
+        load(folder)
 
 
 def test_a_boundary_table_of_another_shape_is_an_error(damaged):
@@ -688,10 +710,11 @@ def test_a_dequantized_model_may_be_quantized_again(quantized, run_dit):
     assert model.is_quantized
 
 
-def test_dequantized_transforms_without_rounding_give_the_original(dit_folder, dit_statistics, run_dit):
+@pytest.mark.parametrize("config", [HTG | {"groups": 1, "online": True}, {"method": "quarot"}])
+def test_dequantized_transforms_without_rounding_give_the_original(config, dit_folder, dit_statistics, run_dit):
     model = load(dit_folder, torch_dtype=torch.float64)
     before = run_dit(model)
-    config = dq.DQConfig(**VARIANTS["htg-w16a16"] | {"groups": 1, "online": True})
+    config = dq.DQConfig(**config, weight_bits=16, activation_bits=16)
     dq.quantize(model, config, statistics=dit_statistics, progress=False)
     model.dequantize()
     assert not [m for m in model.modules() if isinstance(m, QuantizedLinear)]

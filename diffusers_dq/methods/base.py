@@ -40,6 +40,12 @@ class Site:
         """[K] fp32, max over the rows of all the weights of |W[:, k]|."""
         return torch.stack([weight.abs().amax(dim=0).float().cpu() for weight in self.weights]).amax(dim=0)
 
+    def input_max(self) -> Tensor:
+        """[S, K] fp32, max |X_t[:, k]| of each calibrated step. Raises ValueError without statistics."""
+        if self.statistics is None:
+            raise ValueError(f"{self.name}: no statistics of its input; the method has to ask for them")
+        return torch.maximum(self.statistics.maximum, -self.statistics.minimum)
+
 
 @dataclass(frozen=True)
 class Solution:
@@ -92,6 +98,16 @@ class Method(ABC):
     def solve(self, sites: Sequence[Site], timesteps: Tensor | None) -> Solution:
         """Choose transforms.   timesteps: [S], in the order of denoising; None without statistics."""
         return Solution({})
+
+
+def transformed(sites: Sequence[Site], online: bool | None) -> list[Site]:
+    """The sites whose input a method is to change: those that a producer can carry, with `online` the others too.
+
+    None is True for an architecture of which no producer is known, else False.
+    """
+    if online is None:
+        online = not any(site.has_producer for site in sites)
+    return [site for site in sites if site.transformable and (site.has_producer or online)]
 
 
 METHODS: Registry[type[Method]] = Registry("method")

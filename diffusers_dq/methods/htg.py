@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from diffusers_dq.affine import RangeSearch
-from diffusers_dq.methods.base import METHODS, Method, MethodOptions, Site, Solution
+from diffusers_dq.balancing import balance
+from diffusers_dq.methods.base import METHODS, Method, MethodOptions, Site, Solution, transformed
 from diffusers_dq.scheme import QuantScheme
 from diffusers_dq.timesteps import Boundaries, Linkage, boundaries_of, group_of, partition
 from diffusers_dq.transforms import Chain, Scale, Shift
@@ -88,14 +89,11 @@ class HTG(Method):
         """Algorithm 2, steps 1 to 4, for every site; `timesteps` [T] in the order of denoising."""
         if timesteps is None:
             raise ValueError("htg needs statistics")
-        online = self.options.online
-        if online is None:
-            online = not any(site.has_producer for site in sites)
-        transformed = [site for site in sites if site.transformable and (site.has_producer or online)]
-        shifts = {site.name: _midpoints(site) for site in transformed}
+        changed = transformed(sites, self.options.online)
+        shifts = {site.name: _midpoints(site) for site in changed}
         boundaries = self._boundaries(shifts, timesteps)
         chains = {
-            site.name: self._chain(site, shifts[site.name], timesteps, boundaries[site.name]) for site in transformed
+            site.name: self._chain(site, shifts[site.name], timesteps, boundaries[site.name]) for site in changed
         }
         return Solution(chains)
 
@@ -151,9 +149,3 @@ def ema(magnitude: Tensor, alpha: float) -> Tensor:
     for current in magnitude[1:]:
         m = alpha * m + (1 - alpha) * current
     return m
-
-
-def balance(m: Tensor, weight_max: Tensor) -> Tensor:
-    """s_i = sqrt(m_i / max |W_i|), [K]; 1 for a channel that is always zero or that no weight reads."""
-    dead = (m <= 0) | (weight_max <= 0)
-    return torch.where(dead, torch.ones_like(m), (m / weight_max.clamp(min=torch.finfo(m.dtype).tiny)).sqrt())

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Exact changes of basis of a linear's input, and where their two halves go."""
 
-from diffusers_dq.transforms.base import Chain, Transform
+from diffusers_dq.transforms.base import Chain, ChannelTransform, Transform
 from diffusers_dq.transforms.channel import Scale, Shift
+from diffusers_dq.transforms.rotation import Rotate
 
-__all__ = ["Chain", "Scale", "Shift", "Transform"]
+__all__ = ["Chain", "ChannelTransform", "Rotate", "Scale", "Shift", "Transform"]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from diffusers_dq.timesteps import Boundaries
+from diffusers_dq.transforms.rotation import Rotate
 
 
 class Transform(Protocol):
@@ -24,6 +25,10 @@ class Transform(Protocol):
         """(W', b') from weight [N, K] and bias [1 or G, N]."""
         ...
 
+
+class ChannelTransform(Transform, Protocol):
+    """One that keeps channels apart and their values in order: what something upstream may carry."""
+
     def on_rows(self, multiplier: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
         """Compose with an affine map y -> multiplier y + offset_g of what is upstream: [K], [1 or G, K]."""
         ...
@@ -33,24 +38,30 @@ class Transform(Protocol):
 class Chain:
     """Transforms of one LinearGroup in the order they act, and the timestep partition that their tables follow.
 
+    rotation: acts last.
     boundaries: G - 1 thresholds in timestep values, ascending; () where nothing depends on the timestep.
     """
 
-    transforms: tuple[Transform, ...] = ()
+    transforms: tuple[ChannelTransform, ...] = ()
     boundaries: Boundaries = ()
+    rotation: Rotate | None = None
+
+    @property
+    def every(self) -> tuple[Transform, ...]:
+        return self.transforms if self.rotation is None else (*self.transforms, self.rotation)
 
     def forward(self, x: Tensor, group: Tensor) -> Tensor:
-        for transform in self.transforms:
+        for transform in self.every:
             x = transform.forward(x, group)
         return x
 
     def fold(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        for transform in self.transforms:
+        for transform in self.every:
             weight, bias = transform.fold(weight, bias)
         return weight, bias
 
     def as_affine(self, channels: int) -> tuple[Tensor, Tensor]:
-        """The chain as u = multiplier x + offset_g, fp64: [K], [1 or G, K]."""
+        """The chain but for its rotation, as multiplier x + offset_g, fp64: [K], [1 or G, K]."""
         multiplier = torch.ones(channels, dtype=torch.float64)
         offset = torch.zeros(1, channels, dtype=torch.float64)
         for transform in self.transforms:

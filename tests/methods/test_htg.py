@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from diffusers_dq.methods import METHODS, Site
-from diffusers_dq.methods.htg import balance, ema
+from diffusers_dq.methods.htg import ema
 from diffusers_dq.statistics import SiteStatistics
 from diffusers_dq.timesteps import group_of
 
@@ -75,11 +75,6 @@ def test_ema_gives_the_first_step_the_same_weight_for_any_number_of_steps():
         alpha = method(method.Options())._alpha(steps)
         assert alpha**steps == pytest.approx(0.99**100)
     assert method(method.Options(ema_steps=None))._alpha(50) == 0.99
-
-
-def test_dead_channels_keep_their_scale():
-    s = balance(torch.tensor([0.0, 4.0, 4.0]), torch.tensor([1.0, 0.0, 1.0]))
-    assert s.tolist() == [1.0, 1.0, 2.0]
 
 
 def test_scope_layer_partitions_each_site_alone_and_scope_model_all_together():

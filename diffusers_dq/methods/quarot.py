@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""QuaRot (Ashkboos et al., NeurIPS 2024): a rotation spreads outliers over all channels before they are rounded.
+
+In language models the rotation is fused through the norms; here modulation stands between norm and linear, so the
+quantize step makes it, for every linear (methods.md, B.7).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from diffusers_dq.affine import RangeSearch
+from diffusers_dq.methods.base import METHODS, Method, MethodOptions, Site, Solution
+from diffusers_dq.scheme import QuantScheme
+from diffusers_dq.transforms import Chain, Rotate
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuaRotOptions(MethodOptions):
+    """full_width: rotate all channels with one matrix, where an order fits, 1152 = 36 x 32, not in
+        blocks of up to 256.
+    seed: of the signs.   dynamic: activation scales a token at run time, else static ones a tensor, which need
+        calibration.   search: of static ranges and weights; see HTG.
+    """
+
+    full_width: bool = False
+    seed: int = 0
+    dynamic: bool = True
+    search: RangeSearch = "minmax"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.search == "output" and self.dynamic:
+            raise ValueError("search='output' needs dynamic=False: it weighs errors by statistics of the input")
+
+
+@METHODS.register("quarot")
+class QuaRot(Method):
+    Options: ClassVar[type[MethodOptions]] = QuaRotOptions
+    summary = "a Hadamard rotation of every input, online, spreads its outliers; activations dynamic or static"
+    options: QuaRotOptions
+
+    @property
+    def needs_statistics(self) -> bool:
+        return not self.options.dynamic
+
+    @property
+    def range_search(self) -> RangeSearch:
+        return self.options.search
+
+    def activation_scheme(self, bits: int) -> QuantScheme:
+        dynamic = self.options.dynamic
+        return QuantScheme(bits=bits, granularity="token" if dynamic else "tensor", symmetric=dynamic, dynamic=dynamic)
+
+    def solve(self, sites: Sequence[Site], timesteps: Tensor | None) -> Solution:
+        chains = {}
+        for site in sites:
+            channels = site.weights[0].shape[1]
+            rotation = Rotate.random(channels, self.options.seed, self.options.full_width)
+            if site.transformable and rotation is not None:
+                chains[site.name] = Chain(rotation=rotation)
+        return Solution(chains)
