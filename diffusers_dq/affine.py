@@ -4,7 +4,7 @@
 `q = clamp(round(x / scale) + zero_point, qmin, qmax)` and `x ~ (q - zero_point) scale`, round half to even.
 """
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,13 +57,14 @@ def search_range(
     """(scale, zero_point) a row of x: of 80 shrunken ranges, the one of least sum_i |h_i (x_i - x^_i)|^2.4.
 
     x: [R, n] fp32, the values or a sample of them.   low, high: [R], the full range.   Returns [R] fp32, [R] int32.
-    importance: h [n]; None is all ones, the search of Q-Diffusion.
+    importance: h [n] or [R, n]; None is all ones, the search of Q-Diffusion.
     """
     rows = max(1, _CACHED_VALUES // max(1, x.shape[1]))
-    found = [
-        _search_rows(*part, scheme, importance)
-        for part in zip(x.split(rows), low.split(rows), high.split(rows), strict=True)
-    ]
+    h = None if importance is None else importance.expand_as(x)
+    found = []
+    for start in range(0, len(x), rows):
+        part = slice(start, start + rows)
+        found.append(_search_rows(x[part], low[part], high[part], scheme, None if h is None else h[part]))
     scale, zero_point = (torch.cat(parts) for parts in zip(*found, strict=True))
     return scale, zero_point
 
@@ -87,12 +88,43 @@ def _search_rows(
     return best_scale, best_zero
 
 
-def weight_parameters(
-    weight: Tensor, scheme: QuantScheme, search: RangeSearch, importance: Tensor | None = None
-) -> Tensor:
-    """Symmetric scale [N] fp32 of a weight [N, K], one an output channel.   importance: [K], of a column's error."""
-    weight = weight.float()
-    low, high = weight.amin(dim=1), weight.amax(dim=1)
+class QuantizedWeight(NamedTuple):
+    """integers: [N, K] int8.   scale: [N] fp32, or [N, K / g] by group.   zero_point: [N, K / g] int8 or None."""
+
+    integers: Tensor
+    scale: Tensor
+    zero_point: Tensor | None = None
+
+    def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[N, K]."""
+        by_group = self.scale.ndim == 2
+        q = self.integers.unflatten(1, (self.scale.shape[1], -1)) if by_group else self.integers
+        zero_point = 0 if self.zero_point is None else self.zero_point[..., None]
+        return dequantize(q, self.scale.to(dtype)[..., None], zero_point).view(self.integers.shape)
+
+
+def quantize_weight(
+    weight: Tensor, scheme: QuantScheme, search: RangeSearch = "minmax", importance: Tensor | None = None
+) -> QuantizedWeight:
+    """Round a weight [N, K] to nearest, each output channel or each group of its input channels by its own range.
+
+    importance: [K], of a column's error, for search="output".
+    Raises ValueError where the group size does not divide K.
+    """
+    n, k = weight.shape
+    size = scheme.group_size or k
+    if k % size:
+        raise ValueError(f"group_size must divide the {k} in_features, got {size}")
+    parts = weight.float().reshape(-1, size)  # [N K / g, g]
+    low, high = parts.amin(dim=1), parts.amax(dim=1)
     if search == "minmax":
-        return affine_parameters(low, high, scheme)[0]
-    return search_range(weight, low, high, scheme, importance if search == "output" else None)[0]
+        scale, zero_point = affine_parameters(low, high, scheme)
+    else:
+        if importance is not None and search == "output":
+            importance = importance.to(parts).view(1, -1, size).expand(n, -1, -1).reshape(-1, size)
+        scale, zero_point = search_range(parts, low, high, scheme, importance if search == "output" else None)
+    q = quantize(parts, scale[:, None], zero_point[:, None], scheme).view(n, k)
+    if scheme.granularity != "group":
+        return QuantizedWeight(q, scale)
+    scale, zero_point = scale.view(n, -1), zero_point.view(n, -1)
+    return QuantizedWeight(q, scale, None if scheme.symmetric else zero_point.to(torch.int8))

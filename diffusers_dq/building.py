@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import diffusers_dq_kernels as ops
 from diffusers_dq import affine
+from diffusers_dq.affine import QuantizedWeight
 from diffusers_dq.linear import InputRounding, LinearLayout, QuantizedLinear
 from diffusers_dq.planning import LinearPlan
 from diffusers_dq.scheme import QuantScheme
@@ -27,8 +28,13 @@ def build_linear(
     """
     tables = _online_tables(plan, linear.in_features) | _range_tables(plan)
     exact, bias = _folded(linear, plan)
-    weight, tables["weight_scale"] = _rounded(exact, plan)
-    correction = _bias_correction(exact, weight, tables, plan)
+    rounded = _rounded(exact, plan)
+    weight = exact if rounded is None else rounded.integers
+    if rounded is not None:
+        tables["weight_scale"] = rounded.scale
+        if rounded.zero_point is not None:
+            tables["weight_zero_point"] = rounded.zero_point
+    correction = None if rounded is None else _bias_correction(exact, rounded, tables, plan)
     if bias is None and correction is not None:
         bias = _bias_of(linear)[None]
     if bias is not None:
@@ -38,6 +44,9 @@ def build_linear(
         weight_bits=plan.bits.weight,
         activation_bits=plan.bits.activation,
         rounding=_rounding(plan.scheme),
+        group_size=_group_size(plan),
+        weight_zero_points="weight_zero_point" in tables,
+        input_zero_points=plan.scheme is not None and plan.scheme.granularity == "group" and not plan.scheme.symmetric,
         bias_groups=_rows(tables, "bias_groups"),
         range_groups=_rows(tables, "input_scale"),
         shift_groups=_rows(tables, "input_shift"),
@@ -68,7 +77,16 @@ def _rounding(scheme: QuantScheme | None) -> InputRounding | None:
         return None
     if not scheme.dynamic:
         return "static"
-    return "token" if scheme.granularity == "token" else "tensor"
+    assert scheme.granularity != "channel"
+    return scheme.granularity
+
+
+def _group_size(plan: LinearPlan) -> int:
+    """Of weight and input, whose integers are multiplied group by group; 0 where neither has groups."""
+    weight, of_input = (scheme and scheme.group_size for scheme in (plan.weight_scheme, plan.scheme))
+    if of_input and of_input != weight:
+        raise ValueError(f"an input in groups of {of_input} channels needs a weight in the same groups, not {weight}")
+    return weight or 0
 
 
 _SWITCHED = ("bias_groups", "input_scale", "input_zero_point", "input_shift")
@@ -133,18 +151,17 @@ def _range_tables(plan: LinearPlan) -> dict[str, Tensor]:
     }
 
 
-def _rounded(weight: Tensor, plan: LinearPlan) -> tuple[Tensor, Tensor]:
-    """(q as integers [N, K] or the weight itself, scale [N] fp32) of the folded weight [N, K]."""
-    if plan.bits.weight > 8:
-        return weight, weight.new_ones(len(weight))
-    scheme = QuantScheme(bits=plan.bits.weight, granularity="channel")
+def _rounded(weight: Tensor, plan: LinearPlan) -> QuantizedWeight | None:
+    """The folded weight [N, K] as integers; None where it is not rounded."""
+    if plan.weight_scheme is None:
+        return None
     weight = weight.float()
     importance = None if plan.sample is None else _spread(plan).to(weight)
-    scale = affine.weight_parameters(weight, scheme, plan.search, importance)
-    q = affine.quantize(weight, scale[:, None], 0, scheme)
+    rounded = affine.quantize_weight(weight, plan.weight_scheme, plan.search, importance)
     if plan.corrects_output and importance is not None:
-        scale = scale * _gain(weight, affine.dequantize(q, scale[:, None]), importance)
-    return q, scale
+        gain = _gain(weight, rounded.dequantized(), importance)
+        rounded = rounded._replace(scale=rounded.scale * (gain if rounded.scale.ndim == 1 else gain[:, None]))
+    return rounded
 
 
 def _gain(weight: Tensor, rounded: Tensor, importance: Tensor) -> Tensor:
@@ -174,15 +191,17 @@ def _by_group(u: Tensor, plan: LinearPlan) -> list[Tensor]:
     return [u[group == g] for g in range(len(plan.boundaries) + 1)]
 
 
-def _bias_correction(exact: Tensor, q: Tensor, tables: dict[str, Tensor], plan: LinearPlan) -> Tensor | None:
+def _bias_correction(
+    exact: Tensor, weight: QuantizedWeight, tables: dict[str, Tensor], plan: LinearPlan
+) -> Tensor | None:
     """E[u] W'^T - E[u^] W^^T over the sampled tokens of each group, [1 or G, N] fp64; None where not asked for.
 
     W' [N, K] is the folded weight, W^ its rounded form, u^ the rounded input: added to the bias it removes the mean
     error of the output, that of clipping included.
     """
-    if not plan.corrects_output or plan.sample is None or plan.bits.weight > 8:
+    if not plan.corrects_output or plan.sample is None:
         return None
-    rounded = affine.dequantize(q.double(), tables["weight_scale"].double()[:, None])
+    rounded = weight.dequantized(torch.float64)
     rows = []
     for g, u in enumerate(_by_group(plan.sample.transformed(plan.chain), plan)):
         u_rounded = u

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import diffusers_dq_kernels as ops
+from diffusers_dq.affine import QuantizedWeight
 from diffusers_dq.shared_input import RoundedInput, SharedInput
 from diffusers_dq.timesteps import TimestepGroups
 
 NOT_ROUNDED = 16
 WEIGHT_BITS = (4, 6, 8, NOT_ROUNDED)
 ACTIVATION_BITS = (4, 5, 6, 7, 8, NOT_ROUNDED)
-InputRounding = Literal["static", "token", "tensor"]
+InputRounding = Literal["static", "token", "tensor", "group"]
 INPUT_ROUNDINGS = get_args(InputRounding)
 
 
@@ -49,8 +50,10 @@ class LinearLayout:
     """Which tensors a QuantizedLinear has and how it computes: all that must be known before its weights are.
 
     weight_bits, activation_bits: 16 is not rounded.
-    rounding: of the input: "static" by calibrated scales, "token" or "tensor" by one found at run time for each token
-        or for the whole input; None where it is not rounded.
+    rounding: of the input: "static" by calibrated scales; "token", "tensor" or "group" by scales found at run time for
+        each token, the whole input, or each group of channels of each token; None where it is not rounded.
+    group_size: input channels of a row of the weight, and with "group" of a token, that share a scale; 0 is all.
+    weight_zero_points, input_zero_points: whether groups have them.
     bias_groups, range_groups, shift_groups: rows of the tables of biases, input scales and input shifts; 0 where there
         is no such table (bias_groups 0: an ordinary bias or none), 1 where all groups share a row.
     smooth: the input is divided by a vector online.   rotation_order: of the Hadamard matrix that then mixes its
@@ -60,6 +63,9 @@ class LinearLayout:
     weight_bits: int
     activation_bits: int
     rounding: InputRounding | None = None
+    group_size: int = 0
+    weight_zero_points: bool = False
+    input_zero_points: bool = False
     bias_groups: int = 0
     range_groups: int = 0
     shift_groups: int = 0
@@ -74,7 +80,9 @@ class LinearLayout:
             raise ValueError(
                 f"rounding with activation_bits={self.activation_bits} must be one of {known}, got {self.rounding!r}"
             )
-        for name in ("bias_groups", "range_groups", "shift_groups", "partition", "rotation_order"):
+        if not self.group_size and (self.rounding == "group" or self.weight_zero_points or self.input_zero_points):
+            raise ValueError("rounding by group and zero points of groups need a group_size")
+        for name in ("group_size", "bias_groups", "range_groups", "shift_groups", "partition", "rotation_order"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 0:
                 raise ValueError(f"{name} must be a whole number, got {getattr(self, name)!r}")
 
@@ -93,7 +101,8 @@ class LinearLayout:
     @property
     def of_input(self) -> "LinearLayout":
         """What it says of the input alone: equal for linears that do the same to theirs."""
-        return replace(self, weight_bits=8, bias_groups=0)
+        size = self.group_size if self.rounding == "group" else 0
+        return replace(self, weight_bits=8, bias_groups=0, group_size=size, weight_zero_points=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Only what differs from the defaults: config.json holds one a linear."""
@@ -112,7 +121,8 @@ class QuantizedLinear(nn.Linear):
     weight: Parameter, int8 [N, K] for 8 and 6 bits, packed uint8 [N, K / 2] for 4 (packing.py), or floating point
     where not rounded.
     bias: Parameter [N] or None; with timestep groups it gives way to `bias_groups` [G, N].
-    Buffers, fp32 whatever the model is cast to (fp64 where an fp64 weight is not rounded): weight_scale [N];
+    Buffers, fp32 whatever the model is cast to (fp64 where an fp64 weight is not rounded): weight_scale [N], or of
+    groups [N, K / g], then perhaps with weight_zero_point int8;
     input_scale [1 or G] and input_zero_point int32 of a static scheme; input_inv_smooth [K], input_shift [1 or G, K]
     and rotation_signs [K] int8 of an online transform.
     An `nn.Linear` by class, so that LoRA, offloading and skip lists find it.
@@ -120,6 +130,7 @@ class QuantizedLinear(nn.Linear):
 
     bias_groups: Tensor | None
     weight_scale: Tensor | None
+    weight_zero_point: Tensor | None
     input_scale: Tensor | None
     input_zero_point: Tensor | None
     input_inv_smooth: Tensor | None
@@ -158,13 +169,16 @@ class QuantizedLinear(nn.Linear):
 
         n, k = out_features, in_features
         buffer("bias_groups", (layout.bias_groups, n) if layout.bias_groups else None)
-        buffer("weight_scale", (n,) if layout.rounds_weight else None)
+        of_weight = (n, k // layout.group_size) if layout.group_size else (n,)
+        buffer("weight_scale", of_weight if layout.rounds_weight else None)
+        buffer("weight_zero_point", of_weight if layout.weight_zero_points else None, torch.int8)
         buffer("input_scale", (layout.range_groups,) if layout.static else None)
         buffer("input_zero_point", (layout.range_groups,) if layout.static else None, torch.int32)
         buffer("input_inv_smooth", (k,) if layout.smooth else None)
         buffer("input_shift", (layout.shift_groups, k) if layout.shift_groups else None)
         buffer("rotation_signs", (k,) if layout.rotation_order > 1 else None, torch.int8)
-        buffer("weight_sum", (n,) if layout.static else None, torch.int32, keep=False)
+        summed = layout.static or layout.input_zero_points
+        buffer("weight_sum", of_weight if summed else None, torch.int32, keep=False)
         # never on meta, though the rest may be: it is known, and it is no tensor of a file
         place = None if device is None or torch.device(device).type == "meta" else device
         self.register_buffer("partition", torch.tensor([layout.partition], device=place), persistent=False)
@@ -192,8 +206,16 @@ class QuantizedLinear(nn.Linear):
     def finish_loading(self) -> None:
         """Derive what is not stored: call after weight and tables have been set."""
         self.partition = torch.tensor([self.layout.partition], device=self.weight.device)
-        if self.layout.static:
-            self.weight_sum = self.integer_weight().sum(dim=1, dtype=torch.int32)
+        if self.weight_sum is not None:
+            self.weight_sum = self._weight_sum()
+
+    def _weight_sum(self) -> Tensor:
+        """int32 [N], or by group [N, K / g] without the zero points: what an input's zero point is multiplied by."""
+        q, size = self.integer_weight(), self.layout.group_size
+        if not size:
+            return q.sum(dim=1, dtype=torch.int32)
+        sums = q.unflatten(1, (-1, size)).sum(dim=2, dtype=torch.int32)
+        return sums if self.weight_zero_point is None else sums - size * self.weight_zero_point.int()
 
     def reads_like(self, other: "QuantizedLinear") -> bool:
         """Whether the two round an input of both to the same integers and scales."""
@@ -249,7 +271,9 @@ class QuantizedLinear(nn.Linear):
             x = x.view_as(x)  # Dynamo (2.13) sets no attributes of a tensor that came in a tuple from an op
             setattr(x, _ROUNDED, (self, rounded, self.readers))
             return x
-        with torch.inference_mode(False), torch.no_grad():  # a tensor that counts its writes, so that it may be kept
+        gradients = torch.is_grad_enabled()  # for an op to refuse
+        # a tensor that counts its writes, so that it may be kept
+        with torch.inference_mode(False), torch.set_grad_enabled(gradients):
             x, rounded = self._round_norm(hidden_states, norm, scale, shift, keep=True)
         self._shared_input = self._shared_input or SharedInput()
         self._shared_input.keep(x, self.groups.index, rounded)
@@ -316,7 +340,10 @@ class QuantizedLinear(nn.Linear):
         x = self._transform(x, group)
         if self.layout.rounds_weight:
             product = ops.linear_w4a16 if self.layout.weight_bits == 4 else ops.linear_w8a16
-            return product(x, self.weight, self.weight_scale, self._bias(), group)
+            arguments = x, self.weight, self.weight_scale, self._bias(), group
+            if self.weight_zero_point is None:
+                return product(*arguments)
+            return product(*arguments, None, None, "none", self.weight_zero_point)
         if self.bias_groups is None:
             return F.linear(x, self.weight, self.bias)
         return F.linear(x, self.weight) + self._row(self.bias_groups, group).to(x.dtype)
@@ -328,6 +355,9 @@ class QuantizedLinear(nn.Linear):
             return RoundedInput(integers, None)
         if self.layout.rounding == "token":
             return RoundedInput(*ops.quantize_dynamic(x, *transform))
+        if self.layout.rounding == "group":
+            grouping = self.layout.group_size, not self.layout.input_zero_points
+            return RoundedInput(*ops.quantize_grouped(x, *transform[:4], *grouping, *transform[4:]))
         return self._round_per_tensor(self._transform(x, group), group)
 
     def _transform_arguments(self, group: Tensor) -> tuple[Any, ...]:
@@ -357,6 +387,8 @@ class QuantizedLinear(nn.Linear):
 
         gate, residual, activation: see diffusers_dq_kernels.linear_w8a8.
         """
+        if self.layout.group_size:
+            return self._grouped_product(rounded, dtype, gate, residual, activation)
         product = ops.linear_w4a8 if self.layout.weight_bits == 4 else ops.linear_w8a8
         static = rounded.scale is None
         return product(
@@ -374,6 +406,33 @@ class QuantizedLinear(nn.Linear):
             activation,
         )
 
+    def _grouped_product(self, rounded: RoundedInput, dtype: torch.dtype, *finish: Any) -> Tensor:
+        """`product` where the weight has scales a group; finish: gate, residual, activation."""
+        integers, scale, zero_point = rounded
+        group = self._group(integers.device)
+        if scale is None:
+            assert self.input_scale is not None and self.input_zero_point is not None
+            scale = self._row(self.input_scale, group).expand(integers.shape[:-1])
+            groups = integers.shape[-1] // self.layout.group_size
+            zero_point = self._row(self.input_zero_point, group).expand(*integers.shape[:-1], groups)
+        if self.layout.rounding != "group":
+            scale = scale[..., None]
+        elif not self.layout.input_zero_points:
+            zero_point = None
+        return ops.linear_grouped(
+            integers,
+            self.weight,
+            self.weight_scale,
+            scale,
+            zero_point,
+            self.weight_zero_point,
+            self.weight_sum,
+            self._bias(),
+            group,
+            dtype,
+            *finish,
+        )
+
     def dequantized(self, dtype: torch.dtype) -> nn.Linear:
         """An ordinary linear of the same function, up to the rounding that has happened.
 
@@ -386,7 +445,7 @@ class QuantizedLinear(nn.Linear):
             )
         weight = self.weight.data
         if self.weight_scale is not None:
-            weight = self.integer_weight().to(self.weight_scale.dtype) * self.weight_scale[:, None]
+            weight = QuantizedWeight(self.integer_weight(), self.weight_scale, self.weight_zero_point).dequantized()
         bias = self.bias if self.bias_groups is None else self.bias_groups[0]
         if self.rotation_signs is not None:  # back: R^T is H on its own, then the signs
             unsigned = torch.ones_like(self.rotation_signs)

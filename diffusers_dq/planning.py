@@ -53,6 +53,7 @@ class InputSample:
 class LinearPlan:
     """All that turns one nn.Linear into a QuantizedLinear.
 
+    weight_scheme, scheme: of weight and input, None where not rounded.
     chain: the change of its input.   online: made by the layer itself, not upstream, as its rotation always is.
     note: why, where it might be.
     rows: changes of its own output that groups downstream ask for, each with the partition of its offsets.
@@ -60,7 +61,7 @@ class LinearPlan:
         part of the rounding error, as seen on the sample.
     """
 
-    bits: Bits
+    weight_scheme: QuantScheme | None = None
     scheme: QuantScheme | None = None
     chain: Chain = Chain()
     online: bool = False
@@ -70,6 +71,13 @@ class LinearPlan:
     sample: InputSample | None = None
     corrects_output: bool = False
     note: str = ""
+
+    @property
+    def bits(self) -> Bits:
+        weight, activation = (
+            NOT_ROUNDED if scheme is None else scheme.bits for scheme in (self.weight_scheme, self.scheme)
+        )
+        return Bits(weight, activation)
 
     @property
     def boundaries(self) -> Boundaries:
@@ -148,7 +156,7 @@ def make_plan(
     elif method.needs_statistics:
         raise ValueError(f"method {config.method!r} with these options needs statistics: calibrate first")
     plans = {
-        name: _first_plan(method, config.bits_of(name), weight_only=name in spec.weight_only)
+        name: _first_plan(method, config.bits_of(name), _in_features(model, name), name in spec.weight_only)
         for group in spec.groups
         for name in group.linears
         if name not in kept
@@ -176,11 +184,14 @@ def _refuse_adapters(model: nn.Module, spec: ModelSpec, kept: Mapping[str, str])
             )
 
 
-def _first_plan(method: Method, bits: Bits, weight_only: bool) -> LinearPlan:
-    if weight_only or bits.activation == NOT_ROUNDED:
-        note = "input is one vector a sample: weight only" if weight_only and bits.activation != NOT_ROUNDED else ""
-        return LinearPlan(replace(bits, activation=NOT_ROUNDED), search=method.range_search, note=note)
-    return LinearPlan(bits, method.activation_scheme(bits.activation), search=method.range_search)
+def _first_plan(method: Method, bits: Bits, in_features: int, weight_only: bool) -> LinearPlan:
+    weight = None if bits.weight == NOT_ROUNDED else method.weight_scheme(bits.weight, in_features)
+    plan = LinearPlan(weight, search=method.range_search)
+    if bits.activation == NOT_ROUNDED:
+        return plan
+    if weight_only:
+        return replace(plan, note="input is one vector a sample: weight only")
+    return replace(plan, scheme=method.activation_scheme(bits.activation, in_features))
 
 
 def _site(

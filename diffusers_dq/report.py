@@ -128,6 +128,8 @@ def _attention_row(name: str, module: nn.Module, processor: QuantizedAttnProcess
 def _granularity(layout: LinearLayout) -> str:
     if layout.rounding is None:
         return "not rounded"
+    if layout.rounding == "group":
+        return f"dynamic, {layout.group_size} channels"
     return "static, a tensor" if layout.static else f"dynamic, a {layout.rounding}"
 
 
@@ -135,6 +137,8 @@ def op_of(layout: LinearLayout) -> str | None:
     """The matrix product of a layer with this layout; None for a floating-point one."""
     if not layout.rounds_weight:
         return None
+    if layout.group_size and layout.rounds_input:
+        return "linear_grouped"
     container = 4 if layout.weight_bits == 4 else 8
     return f"linear_w{container}a{8 if layout.rounds_input else 16}"
 

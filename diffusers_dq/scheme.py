@@ -4,14 +4,16 @@
 from dataclasses import dataclass
 from typing import Literal
 
-Granularity = Literal["tensor", "token", "channel"]
+Granularity = Literal["tensor", "token", "channel", "group"]
+GROUP_MULTIPLE = 32  # of input channels: the depth of one int8 instruction of tensor cores
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantScheme:
     """Uniform quantization to `bits`-bit integers.
 
-    granularity: what shares one scale. "channel" is an output channel of a weight, "token" a row of an activation.
+    granularity: what shares one scale. "channel" is an output channel of a weight, "token" a row of an activation,
+        "group" a run of `group_size` input channels in one row of either (Q-DiT).
     symmetric: no zero point.   dynamic: the scale is found at run time from the tensor itself.
     """
 
@@ -19,6 +21,7 @@ class QuantScheme:
     granularity: Granularity
     symmetric: bool = True
     dynamic: bool = False
+    group_size: int | None = None
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
@@ -27,8 +30,18 @@ class QuantScheme:
             )
         if self.granularity == "token" and not self.dynamic:
             raise ValueError("granularity 'token' needs dynamic=True: a static scale cannot know the tokens to come")
-        if self.dynamic and not self.symmetric:
-            raise ValueError("a dynamic scheme is symmetric: the integer kernels carry no zero point a token")
+        if self.granularity != "group" and not self.symmetric and (self.dynamic or self.granularity == "channel"):
+            what = "a dynamic scheme" if self.dynamic else "a weight's scheme"
+            raise ValueError(
+                f"{what} is symmetric unless by group: the integer kernels carry zero points of groups only"
+            )
+        if (self.granularity == "group") != (self.group_size is not None):
+            raise ValueError(
+                f"group_size goes with granularity 'group' and with no other, got {self.group_size} with"
+                f" {self.granularity!r}"
+            )
+        if self.group_size is not None and (self.group_size < 1 or self.group_size % GROUP_MULTIPLE):
+            raise ValueError(f"group_size must be a multiple of {GROUP_MULTIPLE}, got {self.group_size}")
 
     @property
     def qmin(self) -> int:

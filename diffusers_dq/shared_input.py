@@ -8,10 +8,12 @@ from torch import Tensor
 
 
 class RoundedInput(NamedTuple):
-    """integers: [..., K] int8.   scale: [...] fp32, one a token; None where the layer's own static one applies."""
+    """integers: [..., K] int8.   scale: fp32, [...], one a token, or [..., K / g], one a group; None where the layer's
+    own static one applies.   zero_point: int32, of groups."""
 
     integers: Tensor
     scale: Tensor | None
+    zero_point: Tensor | None = None
 
 
 class _Kept(NamedTuple):

@@ -115,7 +115,7 @@ class Fixed(Method):
 
     needs_statistics = False
 
-    def activation_scheme(self, bits: int) -> Any:
+    def activation_scheme(self, bits: int, in_features: int) -> Any:
         raise NotImplementedError
 
     def solve(self, sites: Any, timesteps: Any) -> Solution:

@@ -7,7 +7,6 @@ from support import CALLS, rebuilt_with_chains, tiny_dit, tiny_pipeline
 
 import diffusers_dq as dq
 from diffusers_dq.building import build_linear
-from diffusers_dq.config import Bits
 from diffusers_dq.planning import InputSample, LinearPlan, static_range
 from diffusers_dq.scheme import QuantScheme
 from diffusers_dq.statistics import SiteStatistics
@@ -32,7 +31,7 @@ def case(weight_bits: int, online: bool = True, **changes):
     chain = Chain((Shift(z), Scale(x.abs().amax(dim=(0, 1)).sqrt())), boundaries)
     site = SiteStatistics((), x.amin(1), x.amax(1), x.bfloat16(), torch.zeros(STEPS, TOKENS))
     settings = dict(
-        bits=Bits(weight_bits, 8),
+        weight_scheme=QuantScheme(bits=weight_bits, granularity="channel"),
         scheme=STATIC,
         chain=chain,
         online=online,
@@ -94,7 +93,7 @@ def test_a_range_a_group_serves_each_group_with_its_own():
 
     def error(boundaries) -> torch.Tensor:
         input_range = static_range(site, TIMESTEPS, Chain(), STATIC, "minmax", boundaries)
-        grouped = LinearPlan(Bits(8, 8), STATIC, input_range=input_range)
+        grouped = LinearPlan(QuantScheme(bits=8, granularity="channel"), STATIC, input_range=input_range)
         return (run(linear, grouped, x) - linear(x))[STEPS // 2 :].square().mean()
 
     assert error((250.0,)) < error(()) / 10

@@ -18,6 +18,7 @@ CONFIGS = {
         method="htg", weight_bits=4, groups=3, online=True, scope="layer", ranges="group"
     ),
     "rtn-w8a8-dynamic": dict(method="rtn"),
+    "qdit-w4a8": dict(method="qdit", weight_bits=4, group_size=32),
     "quarot-w4a8-dynamic": dict(method="quarot", weight_bits=4),
 }
 

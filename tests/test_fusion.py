@@ -16,6 +16,7 @@ CONFIGS = {
     "dynamic": dict(method="rtn"),
     "rotated": dict(method="quarot"),
     "rotated static": dict(method="quarot", dynamic=False),
+    "groups of weights": dict(method="qdit", weight_bits=4, activations="token", group_size=32),
     "online": dict(method="htg", groups=3, online=True, weight_bits=4, ranges="group"),
 }
 
@@ -187,6 +188,16 @@ def test_attention_does_what_its_module_does(change, quantized, run_dit):
     assert count == 2 * len(model.transformer_blocks), "the rest of the block stays fused"
     assert_close(output, run_dit(plain, (500,)))
     assert (output - before).norm() > 5e-3 * before.norm(), "the change matters"
+
+
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+def test_backward_through_a_fused_block_is_refused(kind, quantized):
+    """Not left without a part of the gradient: the residual alone would give one."""
+    block = quantized(kind).transformer_blocks[0]
+    hidden_states = torch.randn(2, 16, 32, requires_grad=True)
+    output = block(hidden_states, timestep=torch.tensor([500, 500]), class_labels=torch.tensor([1, 2]))
+    with pytest.raises(RuntimeError, match="has no gradient: quantized layers are for inference"):
+        output.sum().backward()
 
 
 def test_a_mask_reaches_attention(quantized):

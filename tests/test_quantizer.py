@@ -32,6 +32,7 @@ from diffusers_dq.quantizer import DQQuantizer, register
 
 RTN = {"method": "rtn"}
 HTG = {"method": "htg", "groups": 3, "search": "minmax"}
+QDIT = {"method": "qdit", "group_size": 32}
 VARIANTS = {
     "rtn-w8a8": RTN,
     "rtn-w4a8": RTN | {"weight_bits": 4},
@@ -47,6 +48,16 @@ VARIANTS = {
     "quarot-w4a8": {"method": "quarot", "weight_bits": 4},
     "quarot-static": {"method": "quarot", "dynamic": False},
     "quarot-w4a16": {"method": "quarot", "weight_bits": 4, "activation_bits": 16},
+    "qdit-w4a8": {"method": "qdit", "weight_bits": 4, "group_size": 32},
+    "qdit-w8a8": {"method": "qdit", "group_size": 64},
+    "qdit-w4a8-token": {
+        "method": "qdit",
+        "weight_bits": 4,
+        "activations": "token",
+        "symmetric": True,
+        "group_size": 32,
+    },
+    "qdit-w4a16": {"method": "qdit", "weight_bits": 4, "activation_bits": 16, "group_size": 32},
     "ptq4dit-w4a8": {"method": "ptq4dit", "weight_bits": 4},
     "smoothquant-online": {"method": "smoothquant", "online": True},
     "htg-per-layer": HTG | {"scope": "layer", "ranges": "group", "online": True},

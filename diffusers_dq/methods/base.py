@@ -77,8 +77,12 @@ class Method(ABC):
         """Whether `solve` or static ranges need calibration."""
 
     @abstractmethod
-    def activation_scheme(self, bits: int) -> QuantScheme:
-        """How inputs are rounded, for bits <= 8."""
+    def activation_scheme(self, bits: int, in_features: int) -> QuantScheme:
+        """How inputs of that many channels are rounded, for bits <= 8."""
+
+    def weight_scheme(self, bits: int, in_features: int) -> QuantScheme:
+        """How weights of that many columns are rounded, for bits <= 8."""
+        return QuantScheme(bits=bits, granularity="channel")
 
     @property
     def range_search(self) -> RangeSearch:

@@ -79,7 +79,7 @@ class HTG(Method):
     def corrects_output(self) -> bool:
         return self.options.output_correction
 
-    def activation_scheme(self, bits: int) -> QuantScheme:
+    def activation_scheme(self, bits: int, in_features: int) -> QuantScheme:
         return QuantScheme(bits=bits, granularity="tensor", symmetric=False)
 
     def range_boundaries(self, chain: Chain) -> Boundaries:

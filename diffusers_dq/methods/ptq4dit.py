@@ -51,7 +51,7 @@ class PTQ4DiT(Method):
     def corrects_output(self) -> bool:
         return self.options.output_correction
 
-    def activation_scheme(self, bits: int) -> QuantScheme:
+    def activation_scheme(self, bits: int, in_features: int) -> QuantScheme:
         return QuantScheme(bits=bits, granularity="tensor", symmetric=False)
 
     def solve(self, sites: Sequence[Site], timesteps: Tensor | None) -> Solution:

@@ -50,7 +50,7 @@ class QuaRot(Method):
     def range_search(self) -> RangeSearch:
         return self.options.search
 
-    def activation_scheme(self, bits: int) -> QuantScheme:
+    def activation_scheme(self, bits: int, in_features: int) -> QuantScheme:
         dynamic = self.options.dynamic
         return QuantScheme(bits=bits, granularity="token" if dynamic else "tensor", symmetric=dynamic, dynamic=dynamic)
 

@@ -41,7 +41,7 @@ class RTN(Method):
     def needs_statistics(self) -> bool:
         return not self.options.dynamic
 
-    def activation_scheme(self, bits: int) -> QuantScheme:
+    def activation_scheme(self, bits: int, in_features: int) -> QuantScheme:
         dynamic = self.options.dynamic
         granularity = self.options.granularity or ("token" if dynamic else "tensor")
         return QuantScheme(bits=bits, granularity=granularity, symmetric=dynamic, dynamic=dynamic)

@@ -5,6 +5,7 @@ Importing this registers `torch.ops.diffusers_dq.*`. It needs torch; Triton is o
 """
 
 from ._library import announce, backend
+from ._tiles import use_tiles
 from .attention import attention_int8
 from .fused_quantize import gelu_quantize_dynamic, gelu_quantize_static, norm_quantize_dynamic, norm_quantize_static
 from .grouped import linear_grouped
@@ -40,4 +41,5 @@ __all__ = [
     "rotation_order",
     "unpack_int4",
     "unpack_int6",
+    "use_tiles",
 ]

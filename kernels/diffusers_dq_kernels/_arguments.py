@@ -4,7 +4,7 @@
 import torch
 from torch import Tensor
 
-__all__ = ["FLOATS", "expect", "expect_group", "expect_table", "rows_of"]
+__all__ = ["FLOATS", "contiguous", "expect", "expect_group", "expect_same_groups", "expect_table", "rows_of"]
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -27,9 +27,25 @@ def expect_table(name: str, table: Tensor, dtypes: tuple[torch.dtype, ...], row:
         raise ValueError(f"{name}: expected at least one timestep group, got {list(table.shape)}")
 
 
+def expect_same_groups(**tables: Tensor | None) -> None:
+    """ValueError unless the tables [G, ...] that are there, one row for all groups aside, have the same G."""
+    common = 1
+    for table in tables.values():
+        rows = 1 if table is None else table.shape[0]
+        if rows != 1 and common != 1 and rows != common:
+            given = ", ".join(f"{name} {len(table)}" for name, table in tables.items() if table is not None)
+            raise ValueError(f"{', '.join(tables)}: expected 1 row or the same number of timestep groups, got {given}")
+        common = max(rows, common)
+
+
 def expect_group(group: Tensor) -> None:
     """ValueError unless `group` is what the model-level hook writes: one int64."""
     expect("group", group, (torch.int64,), (1,))
+
+
+def contiguous(tensor: Tensor | None) -> Tensor | None:
+    """What a kernel takes for a tensor that may be absent."""
+    return None if tensor is None else tensor.contiguous()
 
 
 def rows_of(x: Tensor) -> Tensor:

@@ -9,18 +9,22 @@ input was not rounded. acc is an exact integer where it was. M rows, N out_featu
 """
 # mypy: disable-error-code="no-untyped-def"
 
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ._arguments import FLOATS, expect, expect_group, expect_table
+from ._arguments import FLOATS, contiguous, expect, expect_group, expect_same_groups, expect_table
 from ._tables import table_row, table_row_index
 from ._triton import jit, tl
 
-__all__ = ["ACTIVATIONS", "Epilogue", "KernelEpilogue", "store_output"]
+__all__ = ["ACTIVATIONS", "FINISH_SCHEMA", "Epilogue", "KernelEpilogue", "pieces", "rows_at", "store_output"]
 
 ACTIVATIONS = ("none", "gelu_tanh")
+
+# The part of an op's schema that every product has after its scales; its parameters are the last ones of Epilogue.
+FINISH_SCHEMA = "Tensor? gate=None, Tensor? residual=None, str activation='none'"
 
 # tanh(u) = 2 sigmoid(2 u) - 1, so GELU's tanh form is v sigmoid(2 u) with u = sqrt(2 / pi) (v + 0.044715 v^3).
 GELU_SLOPE = 1.5957691216057308
@@ -62,6 +66,8 @@ class Epilogue(NamedTuple):
         table = self.bias_table
         if table is not None:
             expect_table("bias", table, FLOATS, (n,))
+        if self.input_zero_point is not None:
+            expect_same_groups(input_scale=self.input_scale, input_zero_point=self.input_zero_point, bias=table)
         if self.residual is not None:
             expect("residual", self.residual, FLOATS, (*lead, n))
         if self.gate is not None:
@@ -86,28 +92,61 @@ class Epilogue(NamedTuple):
             raise ValueError("weight_sum: expected int32 [N] beside an input_zero_point, got None")
         expect("weight_sum", self.weight_sum, (torch.int32,), (n,))
 
-    def of_rows(self, start: int, stop: int, rows: int) -> "Epilogue":
-        """For rows [start, stop) of an output of `rows` rows, its leading sizes taken together."""
-        input_scale, gate, residual = self.input_scale, self.gate, self.residual
-        if input_scale is not None and self.input_zero_point is None:
-            input_scale = input_scale.reshape(-1)[start:stop]
-        if gate is not None:
-            gate, each = gate_rows(gate, rows)
-            gate = gate[start // each : (stop - 1) // each + 1].repeat_interleave(each, 0)[start % each :]
-            gate = gate[: stop - start]
-        if residual is not None:
-            residual = residual.reshape(rows, -1)[start:stop]
-        return self._replace(input_scale=input_scale, gate=gate, residual=residual)
+    def finish(
+        self, sums: Callable[[slice | None], Tensor], rows: int, n: int, at_once: int, whole: int | None = None
+    ) -> Tensor:
+        """The output of all `rows` rows, its leading sizes taken together, a piece at a time.
 
-    def apply(self, acc: Tensor) -> Tensor:
+        sums: the accumulator [rows, N] of a piece of the rows, or of all for None.   at_once: values in a piece.
+        whole: so many may be one piece, if more than at_once.   Returns [rows, N] of out_dtype.
+        """
+        gate, each = (None, max(1, rows)) if self.gate is None else gate_rows(self.gate, rows)
+        if rows * n <= max(whole or 0, at_once):
+            y = self._finish_piece(sums, None, gate, each)
+            return y if gate is None else y.view(rows, n)
+        y = torch.empty(rows, n, dtype=self.out_dtype)
+        for start, stop in pieces(rows, each, max(1, at_once // n)):
+            self._finish_piece(sums, slice(start, stop), gate, each, y)
+        return y
+
+    def _finish_piece(
+        self,
+        sums: Callable[[slice | None], Tensor],
+        piece: slice | None,
+        gate: Tensor | None,
+        each: int,
+        y: Tensor | None = None,
+    ) -> Tensor:
+        """With a gate [R, N] as [S, rows, N], for which S rows of it, or one, are [S, 1, N].   y: to write in."""
+        acc, epilogue = sums(piece), self
+        (*lead, n) = acc.shape
+        if gate is not None:
+            rows = min(each, lead[0]) or 1
+            lead = [lead[0] // rows, rows]
+            acc = acc.view(*lead, n)
+            of_gate = None if piece is None else slice(piece.start // each, -(-piece.stop // each))
+            epilogue = epilogue._replace(gate=rows_at(gate, of_gate)[:, None])
+        if self.input_scale is not None and self.input_zero_point is None:
+            scale = rows_at(self.input_scale.reshape(-1), piece)
+            epilogue = epilogue._replace(input_scale=scale if gate is None else scale.view(lead))
+        if self.residual is not None:
+            epilogue = epilogue._replace(residual=rows_at(self.residual.reshape(-1, n), piece).unflatten(0, lead))
+        return epilogue.apply(acc, None if y is None else rows_at(y, piece).view(acc.shape))
+
+    def apply(self, acc: Tensor, into: Tensor | None = None) -> Tensor:
         """acc: [..., N] int32, or float, which may hold integers as well; it is overwritten.
 
-        Returns [..., N] of out_dtype, by way of fp64 from fp64, which is the reference, else by way of fp32.
+        Returns [..., N] of out_dtype, by way of fp64 from fp64, which is the reference, else by way of fp32. into: it.
         """
+        y = self._applied(acc)
+        return y.to(self.out_dtype) if into is None else into.copy_(y)
+
+    def _applied(self, acc: Tensor) -> Tensor:
+        """Before it is rounded to out_dtype."""
         if self.input_zero_point is not None and self.weight_sum is not None:
             acc.sub_(table_row(self.input_zero_point, self.group).to(acc.dtype) * self.weight_sum.to(acc.dtype))
         if self.out_dtype == torch.int32:
-            return acc.to(torch.int32)
+            return acc
         wide = torch.float64 if acc.dtype == torch.float64 else torch.float32
         y = acc.to(wide).mul_(self._scale(wide))
         table = self.bias_table
@@ -119,7 +158,7 @@ class Epilogue(NamedTuple):
             y.mul_(self.gate)
         if self.residual is not None:
             y.add_(self.residual)
-        return y.to(self.out_dtype)
+        return y
 
     def _scale(self, wide: torch.dtype) -> Tensor:
         """[N], or [..., N] where every row has its own input scale."""
@@ -139,10 +178,10 @@ class Epilogue(NamedTuple):
             residual = _with_unit_stride(residual.reshape(rows, n))
         return KernelEpilogue(
             self.weight_scale.contiguous(),
-            None if self.input_scale is None else self.input_scale.contiguous(),
-            None if self.input_zero_point is None else self.input_zero_point.contiguous(),
-            None if self.weight_sum is None else self.weight_sum.contiguous(),
-            None if table is None else table.contiguous(),
+            contiguous(self.input_scale),
+            contiguous(self.input_zero_point),
+            contiguous(self.weight_sum),
+            contiguous(table),
             self.group,
             gate,
             residual,
@@ -178,6 +217,22 @@ def gate_rows(gate: Tensor, rows: int) -> tuple[Tensor, int]:
     """([R, N], how many rows of an output of `rows` rows follow one another with the same row of the gate)."""
     gate = _with_unit_stride(gate.reshape(-1, gate.shape[-1]))
     return gate, max(1, rows // max(1, len(gate)))
+
+
+def rows_at(matrix: Tensor, piece: slice | None) -> Tensor:
+    """The rows of a piece; of None, all, and without the microsecond that a slice takes."""
+    return matrix if piece is None else matrix[piece]
+
+
+def pieces(rows: int, each: int, most: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) of pieces of at most `most` rows, which are whole samples of `each` rows or lie within one."""
+    if each <= most:
+        step = most // each * each
+        yield from ((start, min(start + step, rows)) for start in range(0, rows, step))
+        return
+    step = -(-each // -(-each // most))  # of the same size, nearly
+    for sample in range(0, rows, each):
+        yield from ((start, min(start + step, sample + each)) for start in range(sample, sample + each, step))
 
 
 def gelu_tanh(y: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ __all__ = [
     "capability",
     "check_integer_operands",
     "check_weight",
+    "empty_output",
     "launch",
     "pick_tile",
     "table_of",
@@ -62,6 +63,11 @@ def check_weight(k: int, weight: Tensor, weight_dtype: torch.dtype) -> None:
     expect("weight", weight, (weight_dtype,), ("N", k // 2 if packed else k))
 
 
+def empty_output(x: Tensor, weight: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """Room for [..., N].   x: [..., K].   weight: [N, ...]."""
+    return torch.empty((*x.shape[:-1], weight.shape[0]), dtype=out_dtype, device=x.device)
+
+
 # Kernel parts
 
 
@@ -98,7 +104,7 @@ def launch(
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
     M, K = rows.shape
     N = weight.shape[0]
-    y = torch.empty((*x.shape[:-1], N), dtype=epilogue.out_dtype, device=x.device)
+    y = empty_output(x, weight, epilogue.out_dtype)
     if y.numel() == 0:
         return y
     if _is_aligned(rows) and _is_aligned(weight):
@@ -106,6 +112,8 @@ def launch(
     else:
         announce(op_name, "K or a stride is not a multiple of 16: loads of single bytes, slower")
         tile = RAGGED
+    if N % 16:
+        announce(op_name, "N is not a multiple of 16: a small tile whose values are stored one by one, slower")
     if largest_block_k is not None:
         tile = tile._replace(block_k=min(tile.block_k, largest_block_k))
     with torch.cuda.device_of(x):

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.library import Library
 
 from . import _triton
+from ._gradient import detached, gradient_source, without_gradient
 
 __all__ = ["announce", "backend", "define_op"]
 
@@ -57,14 +58,40 @@ def define_op(
     if triton is not None and _triton.MISSING is None:
         _LIBRARY.impl(name, triton, "CUDA")
     torch.library.register_fake(f"diffusers_dq::{name}", fake, lib=_LIBRARY)
-    return _entry(getattr(torch.ops.diffusers_dq, name).default, reference, compiled)
+    op = getattr(torch.ops.diffusers_dq, name).default
+    _LIBRARY.impl(name, _autograd_form(name, op), "Autograd", with_keyset=True)
+    return _entry(name, op, reference, compiled)
+
+
+def _autograd_form(name: str, op: Any) -> Callable[..., Any]:
+    """Of an op that has no gradient: the form below, and in grad mode an error for who asks for one."""
+
+    def run(keyset: Any, *args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            results = op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+        source = gradient_source(args) if torch.is_grad_enabled() else None
+        return results if source is None else without_gradient(name, results, source)
+
+    return run
 
 
 def _entry(
-    op: Callable[..., Any], reference: Callable[..., Any], compiled: Callable[..., Any] | None
+    name: str, op: Callable[..., Any], reference: Callable[..., Any], compiled: Callable[..., Any] | None
 ) -> Callable[..., Any]:
+    below_autograd = torch._C._AutoDispatchBelowAutograd
+    traced = op if compiled is None else compiled
+
     def call(*args: Any) -> Any:
-        return compiled(*args) if compiled is not None and torch.compiler.is_compiling() else op(*args)
+        if torch.compiler.is_compiling():
+            return trace(*args)
+        if torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+            return op(*args)
+        with below_autograd():  # past the autograd form, a Python function that would have nothing to do
+            return op(*args)
+
+    def trace(*args: Any) -> Any:
+        source = gradient_source(args) if torch.is_grad_enabled() else None
+        return traced(*args) if source is None else without_gradient(name, traced(*detached(args)), source)
 
     call.__doc__ = reference.__doc__
     call.op = op  # type: ignore[attr-defined]

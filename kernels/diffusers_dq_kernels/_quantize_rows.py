@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._arguments import FLOATS, rows_of
+from ._arguments import FLOATS, expect_same_groups, rows_of
 from ._epilogue import gelu_tanh_tile
 from ._input_transform import InputTransform, transform_tile
 from ._library import announce, define_op
@@ -42,6 +42,9 @@ class Plan(NamedTuple):
         self.rounding.check(k)
         self.transform.check(k)
         self.producer.check(h.numel() // k, k)
+        scale, zero_point = self.rounding.scale, self.rounding.zero_point
+        if scale is not None:
+            expect_same_groups(scale=scale, zero_point=zero_point, shift=self.transform.shift)
 
     def empty_x(self, h: Tensor) -> Tensor | None:
         """Room for x, of shape (0,) unless it is wanted; None where the op has no such result."""

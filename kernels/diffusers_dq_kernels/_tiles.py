@@ -150,20 +150,21 @@ def known_ops() -> frozenset[str]:
 # What is looked up
 
 
-# What `use_tiles` was last given; empty until then.
-_CHOSEN: list[Path | None] = []
+# What `use_tiles` last read; empty until then.
+_CHOSEN: list[tuple[Table, ...]] = []
 
 
 def use_tiles(directory: str | os.PathLike[str] | None) -> None:
     """Take the tables in `directory` before the shipped ones of the same architecture; None: the shipped ones alone.
 
-    The files are those that `python -m diffusers_dq_kernels.tune --output DIRECTORY` writes. ValueError for a file
-    that cannot be used, which is named, FileNotFoundError where there is none.
+    directory: of files sm_90.json, ... as `python -m diffusers_dq_kernels.tune --output DIRECTORY` writes them. They
+    serve every product from now on, of this process, in place of what DIFFUSERS_DQ_TILES names.
+    ValueError for a file that cannot be used, which is named, NotADirectoryError for what is no directory,
+    FileNotFoundError where there is none or no table in it; then the tables stay those from before.
     """
     path = None if directory is None else Path(directory)
-    if path is not None:
-        _read_directory(path)
-    _CHOSEN[:] = [path]
+    tables = () if path is None else _read_directory(path)
+    _CHOSEN[:] = [tables]
     _forget()
 
 
@@ -175,8 +176,7 @@ def shipped_tables() -> tuple[Table, ...]:
 @functools.cache
 def _user_tables() -> tuple[Table, ...]:
     named = os.environ.get(ENVIRONMENT_VARIABLE)
-    directory = _CHOSEN[0] if _CHOSEN else Path(named) if named else None
-    return () if directory is None else _read_directory(directory)
+    return _CHOSEN[0] if _CHOSEN else _read_directory(Path(named)) if named else ()
 
 
 def _forget() -> None:
@@ -207,6 +207,10 @@ def file_name(architecture: tuple[int, int]) -> str:
 
 
 def _read_directory(directory: Path) -> tuple[Table, ...]:
+    if not directory.exists():
+        raise FileNotFoundError(f"no directory {directory}: expected one with tile tables (sm_90.json, ...)")
+    if not directory.is_dir():
+        raise NotADirectoryError(f"{directory} is a file: expected the directory of tile tables (sm_90.json, ...)")
     paths = sorted(directory.glob("*.json"))
     if not paths:
         raise FileNotFoundError(f"no tile tables (sm_90.json, ...) in {directory}")

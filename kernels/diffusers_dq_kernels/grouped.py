@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._arguments import FLOATS, expect, rows_of
-from ._epilogue import Epilogue, store_output
-from ._gemm import Tile, TileTable, check_integer_operands, launch
+from ._arguments import FLOATS, contiguous, expect, rows_of
+from ._epilogue import FINISH_SCHEMA, Epilogue, rows_at, store_output
+from ._gemm import Tile, TileTable, check_integer_operands, empty_output, launch
 from ._groups import dequantize_groups, group_size, largest_block_k, unit_scale
-from ._int_matmul import _int_matmul, int_mm_caveat
+from ._int_matmul import int_matmul, int_mm_caveat
 from ._library import define_op
 from ._triton import jit, tl
 from .packing import unpack_int4
@@ -53,8 +53,14 @@ class _Parameters(NamedTuple):
 
     @property
     def epilogue(self) -> Epilogue:
-        scale = self.input_scale[..., 0] if self.per_token else None
-        return Epilogue(unit_scale(self.weight_scale), scale, None, None, *self[5:])
+        """What is left to do once groups are summed: their zero points are out, and their scales in."""
+        scale, finish = (
+            self.input_scale[..., 0] if self.per_token else None,
+            (self.gate, self.residual, self.activation),
+        )
+        return Epilogue(
+            unit_scale(self.weight_scale), scale, None, None, self.bias, self.group, self.out_dtype, *finish
+        )
 
     def check(self, xq: Tensor, weight: Tensor) -> int:
         """Returns the group size; ValueError for what a kernel would read out of bounds or misread."""
@@ -117,31 +123,43 @@ def _linear_grouped_cpu(xq: Tensor, weight: Tensor, *parameters: Any) -> Tensor:
     q, rows = _unpacked(weight), rows_of(xq)
     if p.weight_zero_point is not None:
         q = (q.unflatten(1, (p.weight_zero_point.shape[1], -1)) - p.weight_zero_point[:, :, None]).flatten(1)
-    (m, _), n = rows.shape, len(q)
-    y, epilogue = torch.empty(m, n, dtype=p.out_dtype), p.epilogue
-    step = max(1, _VALUES_AT_ONCE // max(1, n))
-    for start in range(0, m, step):
-        stop = min(start + step, m)
-        y[start:stop] = epilogue.of_rows(start, stop, m).apply(_sum_of_groups(rows, q, p, slice(start, stop)))
-    return y.view(*xq.shape[:-1], n)
+    groups = p.weight_scale.shape[1]
+    of = _CpuGroups(
+        rows.chunk(groups, 1),
+        q.chunk(groups, 1),
+        p.weight_scale.t().contiguous(),
+        None if p.per_token else rows_of(p.input_scale),
+        None if p.input_zero_point is None else rows_of(p.input_zero_point),
+        None if p.weight_sum is None else p.weight_sum.t().contiguous(),
+    )
+    y = p.epilogue.finish(of.sum, len(rows), len(q), _VALUES_AT_ONCE)
+    return y.view(*xq.shape[:-1], len(q))
 
 
-def _sum_of_groups(rows: Tensor, q: Tensor, p: _Parameters, piece: slice) -> Tensor:
-    """rows: [M, K] int8.   q: [N, K] int8.   Returns fp32 [rows of the piece, N], without a scale a row."""
-    weight_scale = p.weight_scale.t().contiguous()
-    weight_sum = None if p.weight_sum is None else p.weight_sum.t().contiguous()
-    groups = len(weight_scale)
-    total: Tensor | None = None
-    for j, (x, w) in enumerate(zip(rows[piece].chunk(groups, 1), q.chunk(groups, 1), strict=True)):
-        acc = _int_matmul("linear_grouped", x, w)
-        if p.input_zero_point is not None and weight_sum is not None:
-            acc.addcmul_(rows_of(p.input_zero_point)[piece, j, None], weight_sum[j], value=-1)
-        scaled = acc.float()
-        if not p.per_token:
-            scaled *= rows_of(p.input_scale)[piece, j, None]
-        total = scaled.mul_(weight_scale[j]) if total is None else total.addcmul_(scaled, weight_scale[j])
-    assert total is not None
-    return total
+class _CpuGroups(NamedTuple):
+    """xq, q: of each group, [M, g] and [N, g] int8.   What has a row a group is [K / g, N], the rest [M, K / g]."""
+
+    xq: tuple[Tensor, ...]
+    q: tuple[Tensor, ...]
+    weight_scale: Tensor
+    input_scale: Tensor | None
+    input_zero_point: Tensor | None
+    weight_sum: Tensor | None
+
+    def sum(self, piece: slice | None) -> Tensor:
+        """fp32 [rows of the piece, N]: acc, but for a scale that is that of a whole row."""
+        total: Tensor | None = None
+        for j, (x, w) in enumerate(zip(self.xq, self.q, strict=True)):
+            acc = int_matmul("linear_grouped", rows_at(x, piece), w)
+            if self.input_zero_point is not None and self.weight_sum is not None:
+                acc.addcmul_(rows_at(self.input_zero_point, piece)[:, j, None], self.weight_sum[j], value=-1)
+            scaled = acc.float()
+            if self.input_scale is not None:
+                scaled *= rows_at(self.input_scale, piece)[:, j, None]
+            weight_scale = self.weight_scale[j]
+            total = scaled.mul_(weight_scale) if total is None else total.addcmul_(scaled, weight_scale)
+        assert total is not None
+        return total
 
 
 # Kernel
@@ -255,9 +273,9 @@ def _linear_grouped_triton(xq: Tensor, weight: Tensor, *parameters: Any) -> Tens
     of = KernelGroups(
         p.weight_scale.contiguous(),
         None if p.per_token else p.input_scale.contiguous(),
-        None if p.input_zero_point is None else p.input_zero_point.contiguous(),
-        None if p.weight_zero_point is None else p.weight_zero_point.contiguous(),
-        None if p.weight_sum is None or p.input_zero_point is None else p.weight_sum.contiguous(),
+        contiguous(p.input_zero_point),
+        contiguous(p.weight_zero_point),
+        None if p.input_zero_point is None else contiguous(p.weight_sum),
     )
     extra = (of, group, weight.dtype == torch.uint8 and reads_pairs(weight))
     tiles = TILES if p.per_token and p.input_zero_point is None else TILES_INPUT_GROUPS
@@ -270,14 +288,13 @@ def _linear_grouped_triton(xq: Tensor, weight: Tensor, *parameters: Any) -> Tens
 
 
 def _fake(xq: Tensor, weight: Tensor, *parameters: Any) -> Tensor:
-    out_dtype = _Parameters(*parameters).out_dtype
-    return torch.empty((*xq.shape[:-1], weight.shape[0]), dtype=out_dtype, device=xq.device)
+    return empty_output(xq, weight, _Parameters(*parameters).out_dtype)
 
 
 linear_grouped = define_op(
     "linear_grouped(Tensor xq, Tensor weight, Tensor weight_scale, Tensor input_scale, Tensor? input_zero_point,"
     " Tensor? weight_zero_point, Tensor? weight_sum, Tensor? bias, Tensor group, ScalarType out_dtype,"
-    " Tensor? gate=None, Tensor? residual=None, str activation='none') -> Tensor",
+    f" {FINISH_SCHEMA}) -> Tensor",
     linear_grouped_reference,
     fake=_fake,
     cpu=_linear_grouped_cpu,

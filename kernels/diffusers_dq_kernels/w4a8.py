@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._arguments import expect
+from ._arguments import contiguous, expect
 from ._epilogue import Epilogue, store_output
 from ._gemm import check_integer_operands, launch, tile_index
 from ._groups import group_size, largest_block_k, multiply_groups
@@ -207,7 +207,7 @@ def _linear_w4a8_kernel(
 def _linear_w4a8_triton(xq: Tensor, weight: Tensor, *parameters: Any) -> Tensor:
     epilogue, multiplier = _split(parameters)
     group = _check(xq, weight, epilogue, multiplier)
-    extra = (None if multiplier is None else multiplier.contiguous(), group or 1, reads_pairs(weight))
+    extra = (contiguous(multiplier), group or 1, reads_pairs(weight))
     block_k = None if group is None else largest_block_k(group)
     return launch("linear_w4a8", _linear_w4a8_kernel, "linear_w4a8", xq, weight, epilogue, extra, block_k)
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._epilogue import Epilogue, store_output
-from ._gemm import check_integer_operands, launch, tile_index
+from ._epilogue import FINISH_SCHEMA, Epilogue, store_output
+from ._gemm import check_integer_operands, empty_output, launch, tile_index
 from ._int_matmul import compiles_on_cpu, int_mm_caveat, linear_compiled, linear_cpu
 from ._library import define_op
 from ._triton import jit, tl
@@ -18,8 +18,7 @@ __all__ = ["INTEGER_SCHEMA", "integer_fake", "linear_w8a8"]
 # Of every op with an integer input; those after the weight in the order of Epilogue.
 INTEGER_SCHEMA = (
     "(Tensor xq, Tensor weight, Tensor weight_scale, Tensor input_scale, Tensor? input_zero_point, Tensor? weight_sum,"
-    " Tensor? bias, Tensor group, ScalarType out_dtype, Tensor? gate=None, Tensor? residual=None,"
-    " str activation='none') -> Tensor"
+    f" Tensor? bias, Tensor group, ScalarType out_dtype, {FINISH_SCHEMA}) -> Tensor"
 )
 
 
@@ -104,7 +103,7 @@ def _linear_w8a8_triton(xq: Tensor, weight: Tensor, *parameters: Any) -> Tensor:
 
 
 def integer_fake(xq: Tensor, weight: Tensor, *parameters: Any) -> Tensor:
-    return torch.empty((*xq.shape[:-1], weight.shape[0]), dtype=Epilogue(*parameters).out_dtype, device=xq.device)
+    return empty_output(xq, weight, Epilogue(*parameters).out_dtype)
 
 
 linear_w8a8 = define_op(

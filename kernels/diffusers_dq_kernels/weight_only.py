@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._arguments import FLOATS, expect, rows_of
-from ._epilogue import Epilogue, store_output
-from ._gemm import check_weight, launch
+from ._arguments import FLOATS, contiguous, expect, rows_of
+from ._epilogue import FINISH_SCHEMA, Epilogue, store_output
+from ._gemm import check_weight, empty_output, launch
 from ._groups import dequantize_groups, group_size, largest_block_k, unit_scale
 from ._library import announce, define_op
 from ._triton import jit, tl
@@ -30,8 +30,8 @@ from .w4a8 import reads_pairs, transposed_tile, unpack_tile
 __all__ = ["linear_w4a16", "linear_w8a16"]
 
 _SCHEMA = (
-    "(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor group, Tensor? gate=None,"
-    " Tensor? residual=None, str activation='none', Tensor? weight_zero_point=None) -> Tensor"
+    "(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor group,"
+    f" {FINISH_SCHEMA}, Tensor? weight_zero_point=None) -> Tensor"
 )
 
 
@@ -248,7 +248,7 @@ def _weight_only_triton(
         return reference(x, weight, *parameters)
     extra = (
         p.weight_scale.contiguous() if p.grouped else None,
-        None if p.weight_zero_point is None else p.weight_zero_point.contiguous(),
+        contiguous(p.weight_zero_point),
         group or 1,
         weight_dtype == torch.uint8 and reads_pairs(weight),
     )
@@ -260,7 +260,7 @@ def _weight_only_triton(
 
 
 def _fake(x: Tensor, weight: Tensor, *parameters: Any) -> Tensor:
-    return torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device=x.device)
+    return empty_output(x, weight, x.dtype)
 
 
 linear_w8a16 = define_op(

@@ -8,7 +8,8 @@ argument types and specialization are those of a real launch. Prints one JSON ob
 compilation: kernel, op, variants that lead to it, capability, constants, registers, stack bytes (where spills go),
 shared bytes, and how often an instruction occurs in the PTX.
 
---thorough: every epilogue and dtype; without it, of every tile the lightest and the heaviest.
+Without --thorough: of every tile the lightest and the heaviest epilogue, for the capabilities in QUICK.
+--thorough: every epilogue and dtype, for those in CAPABILITIES.
 --op OP: only this one.
 --candidates: the tiles that the tuner tries, and not those of the tables.
 """
@@ -40,7 +41,13 @@ from diffusers_dq_kernels._tiles import BUCKETS, Tile, table_name
 
 torch.set_num_threads(1)  # threads of OpenMP do not survive the fork below
 
+# What is compiled ahead: the architectures that have a table of tiles, all of them by hand (DIFFUSERS_DQ_THOROUGH, and
+# the tuner's candidates under `slow`), four in every run of the tests: one for each way of multiplying and size of
+# shared memory. 80 mma.sync in 163 KiB, 89 the same in 99 KiB, 90 wgmma, 100 what Triton makes of tcgen05's
+# architecture. 86 takes tiles that 80 takes; 120, with the instructions and memory of 89, has three of its own,
+# which only the set by hand compiles. GPUs in between (87, 103, 121) take the tiles of the next lower one.
 CAPABILITIES = (80, 86, 89, 90, 100, 120)
+QUICK = (80, 89, 90, 100)
 _INSTRUCTIONS = ("wgmma.mma_async", "mma.sync", "tcgen05.mma", "prmt")
 _CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
@@ -198,16 +205,34 @@ def _weight_only_cases(op: str, capability: int, thorough: bool) -> Iterator[Cas
         for table, variants in tiers.items():
             if thorough or (table.endswith("+residual") if fp32 else not table.endswith("+gelu")):
                 yield from _linear_cases(op, table, capability, make, variants if thorough else variants[:1])
+        for zero_points in (False, True) if thorough else (True,):
+            of_groups = functools.partial(
+                make, k=_EVEN, finish="all", dtype=dtype, groups=True, zero_points=zero_points
+            )
+            for m in BUCKETS if thorough or not fp32 else ():
+                variant = f"{name}, groups, {'zero points, ' * zero_points}all, M = {m}"
+                yield Case(op, variant, functools.partial(of_groups, m))
         yield Case(op, f"{name}, ragged", functools.partial(make, 512, k=_RAGGED, finish="all", dtype=dtype))
 
 
 def weight_only_args(
-    op: str, m: int, *, k: int, dtype: torch.dtype, finish: str = "plain", n: int = _N
+    op: str,
+    m: int,
+    *,
+    k: int,
+    dtype: torch.dtype,
+    finish: str = "plain",
+    n: int = _N,
+    groups: bool = False,
+    zero_points: bool = False,
 ) -> tuple[Any, ...]:
+    """groups: of 128 channels."""
     x = _input(m, k, dtype)
     weight = _weight(n, k, packed=op == "linear_w4a16")
+    scale = torch.empty(n, k // 128) if groups else torch.empty(n)
     group = torch.zeros(1, dtype=torch.int64)
-    return x, weight, torch.empty(n), torch.empty(4, n), group, *_finish(x, n, finish, dtype)
+    of_groups = (torch.empty(n, k // 128, dtype=torch.int8),) if zero_points else ()
+    return x, weight, scale, torch.empty(4, n), group, *_finish(x, n, finish, dtype), *of_groups
 
 
 @cases_of("linear_grouped")
@@ -242,7 +267,7 @@ def grouped_args(m: int, bits: int, input_groups: bool, finish: str, k: int = _E
 
 @cases_of("attention_int8")
 def _attention_cases(op: str, capability: int, thorough: bool) -> Iterator[Case]:
-    heads = (32, 64, 72, 96, 128, 256) if thorough else (72, 128)
+    heads = (32, 64, 72, 96, 128, 256) if thorough else (32, 72, 128)
     for d in heads:
         for keys in (256, 300, 1024, 1030) if thorough else (256, 1030):
             for bits in (8, 6) if thorough else (8,):
@@ -457,12 +482,12 @@ def _resources(cubin: bytes) -> dict[str, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("capabilities", type=int, nargs="*", default=CAPABILITIES)
+    parser.add_argument("capabilities", type=int, nargs="*", help="those of the set where none is given")
     parser.add_argument("--thorough", action="store_true")
     parser.add_argument("--candidates", action="store_true")
     parser.add_argument("--op", help="only this one")
     options = parser.parse_args()
-    for capability in options.capabilities or CAPABILITIES:
+    for capability in options.capabilities or (CAPABILITIES if options.thorough or options.candidates else QUICK):
         cases = candidate_cases(capability) if options.candidates else all_cases(capability, options.thorough)
         _JOBS.extend(jobs(capability, (case for case in cases if options.op in (None, case.op))))
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("fork")) as pool:

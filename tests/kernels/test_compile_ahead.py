@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kernels compiled for GPUs that are not here: what the interpreter cannot see, and a GPU would show too late.
 
-By default every tile of the tables with a light and with a heavy epilogue, on four architectures; slow: every dtype
-and epilogue on all of them, and the tuner's candidates.
+By default every tile of the tables with a light and with a heavy epilogue; slow: the tuner's candidates; by hand:
+every dtype and epilogue. compile_ahead.py says for which architectures, and why (QUICK, CAPABILITIES).
 """
 
 import json
@@ -21,8 +21,7 @@ pytest.importorskip("triton")
 
 Reports = list[dict[str, Any]]
 
-QUICK = (80, 89, 90, 100)
-# 1483 compilations. Two of them are known to fail: attention_int8 with heads of 32 spills 8 bytes on sm_100.
+# About 1500 compilations.
 by_hand = pytest.mark.skipif(not os.environ.get("DIFFUSERS_DQ_THOROUGH"), reason="set DIFFUSERS_DQ_THOROUGH=1")
 # What one program may use of shared memory, in bytes (CUDA C++ Programming Guide, table of technical specifications).
 SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
@@ -62,7 +61,7 @@ def reports(request: pytest.FixtureRequest) -> Reports:
     # pytest's cache: Triton compiles only what has changed since the last run
     cache = request.config.cache
     assert cache is not None
-    arguments = list(map(str, QUICK)) if request.param == "quick" else [f"--{request.param}"]
+    arguments = [] if request.param == "quick" else [f"--{request.param}"]
     script = str(Path(__file__).with_name("compile_ahead.py"))
     lines = without_interpreter(script, *arguments, TRITON_CACHE_DIR=str(cache.mkdir("triton"))).splitlines()
     return [json.loads(line) for line in lines]
@@ -118,6 +117,19 @@ def test_every_tile_of_the_tables_is_compiled(reports: Reports, request: pytest.
         for name, entries in table.ops.items():
             for entry in entries if capability in {r["capability"] for r in reports} else ():
                 assert (capability, name.partition("+")[0], tuple(entry.tile)) in done
+
+
+def test_what_is_compiled_for_groups_and_architectures(reports: Reports, request: pytest.FixtureRequest) -> None:
+    done = of_tables(reports, request)
+    with_groups = {
+        (r["capability"], r["op"])
+        for r in done
+        if "groups" in r["variants"][0] and r["constants"].get("scale_ptr", 0) is not None
+    }
+    capabilities = {r["capability"] for r in done}
+    assert with_groups >= {(c, op) for c in capabilities for op in ("linear_w8a16", "linear_w4a16")}
+    architectures = {10 * major + minor for (major, minor) in (t.architecture for t in _tiles.shipped_tables())} - {0}
+    assert capabilities == architectures if "thorough" in request.node.name else capabilities < architectures
 
 
 def test_another_m_is_another_compilation_only_for_another_tile() -> None:

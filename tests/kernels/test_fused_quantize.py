@@ -294,6 +294,17 @@ def test_bad_arguments_say_what_was_given(op: Op) -> None:
             launcher(p.h.int(), *p.args(op)[1:])
 
 
+def test_tables_have_one_row_or_as_many_as_the_others() -> None:
+    h, transform = torch.randn(6, 16), (torch.tensor([0]), None, None, 8)
+    tables = torch.ones(2), torch.zeros(3, dtype=torch.int32)
+    norm = ("layer", 1e-6, None, None, None, None, False)
+    for op in OPS:
+        if op.static:
+            for launcher in (op.op, op.launcher):
+                with pytest.raises(ValueError, match="same number of timestep groups, got scale 2, zero_point 3"):
+                    launcher(h, *(norm if op.norm else ()), *tables, *transform)
+
+
 @needs_gpu
 @pytest.mark.gpu
 @every_op

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """linear_w8a8 and linear_w4a8: the same product and the same epilogue, over weights of one or two values a byte."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from diffusers_dq_kernels import _int_matmul, linear_w4a8, linear_w8a8, pack_int4, w4a8, w8a8
+from diffusers_dq_kernels import _epilogue, _int_matmul, announce, linear_w4a8, linear_w8a8, pack_int4, w4a8, w8a8
 
 EveryForm = Callable[..., dict[str, Any]]
 
@@ -180,6 +181,70 @@ def test_gates_of_every_size(every_form: EveryForm, shape: tuple[int, ...]) -> N
             assert ((y.double() - exact).abs() <= tolerance).all(), (form, wanted)
 
 
+@given(samples=st.integers(1, 7), each=st.integers(1, 9), most=st.integers(1, 80))
+def test_pieces_are_whole_samples_or_lie_within_one(samples: int, each: int, most: int) -> None:
+    found = list(_epilogue.pieces(samples * each, each, most))
+    assert [row for piece in found for row in range(*piece)] == list(range(samples * each))
+    for start, stop in found:
+        assert 0 < stop - start <= most
+        assert start % each == stop % each == 0 or start // each == (stop - 1) // each
+
+
+@pytest.mark.parametrize("values", [7, 40, 56, 200])
+@pytest.mark.parametrize("tokens", [1, 2, 5])
+def test_a_gate_of_samples_in_pieces(monkeypatch: pytest.MonkeyPatch, values: int, tokens: int) -> None:
+    for finish in ("gate and residual", "all"):
+        p = problem(4, tokens, 16, n=7, static=False, finish=finish)
+        assert p.gate is not None
+        for gate in (p.gate, p.gate[:, :1], p.gate[:1, :1]):
+            q = replace(p, gate=gate)
+            exact, tolerance = allowed(q)
+            with monkeypatch.context() as patch:
+                patch.setattr(_int_matmul, "_VALUES_AT_ONCE", values)
+                patch.setattr(_int_matmul, "_VALUES_WHOLE", 0)
+                assert ((linear_w8a8(*q.args).double() - exact).abs() <= tolerance).all()
+
+
+def test_a_gate_is_never_repeated_for_every_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is read where it lies, by a broadcast, also where a piece holds several samples."""
+    monkeypatch.setattr(_int_matmul, "_VALUES_AT_ONCE", 2 * 6 * 8)
+    monkeypatch.setattr(_int_matmul, "_VALUES_WHOLE", 0)
+    gate = torch.randn(4, 1, 8)
+    p = replace(problem(4, 6, 16, n=8), gate=gate)
+    seen = []
+
+    def apply(self: _epilogue.Epilogue, acc: Tensor, into: Tensor | None = None) -> Tensor:
+        assert self.gate is not None
+        seen.append((self.gate.shape, self.gate.untyped_storage().data_ptr() == gate.untyped_storage().data_ptr()))
+        return acc
+
+    monkeypatch.setattr(_epilogue.Epilogue, "apply", apply)
+    linear_w8a8(*p.args)
+    assert seen == [((2, 1, 8), True)] * 2
+
+
+@pytest.mark.parametrize("finish", FINISHES)
+def test_a_single_row_without_leading_sizes(finish: str) -> None:
+    p = problem(1, 16, n=7, finish=finish)
+    flat: dict[str, Any] = {
+        "xq": p.xq[0],
+        **{k: v[0] for k in ("gate", "residual") if (v := getattr(p, k)) is not None},
+    }
+    assert torch.equal(linear_w8a8(*replace(p, **flat).args), linear_w8a8(*p.args)[0])
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_an_odd_n_is_announced(caplog: pytest.LogCaptureFixture, bits: int) -> None:
+    announce.cache_clear()
+    with caplog.at_level(logging.WARNING, "diffusers_dq_kernels"):
+        for n in (16, 17, 24):
+            p = problem(3, 32, n=n, bits=bits)
+            LAUNCHERS[bits](*p.args)
+    assert caplog.messages == [
+        f"linear_w{bits}a8: N is not a multiple of 16: a small tile whose values are stored one by one, slower"
+    ]
+
+
 @pytest.mark.parametrize("values", [7, 40, 200])
 def test_large_products_are_finished_in_pieces(monkeypatch: pytest.MonkeyPatch, values: int) -> None:
     for finish in FINISHES:
@@ -188,6 +253,7 @@ def test_large_products_are_finished_in_pieces(monkeypatch: pytest.MonkeyPatch, 
             whole = linear_w8a8(*p.args)
             with monkeypatch.context() as patch:
                 patch.setattr(_int_matmul, "_VALUES_AT_ONCE", values)
+                patch.setattr(_int_matmul, "_VALUES_WHOLE", values)
                 # not bit for bit: vectorised sigmoids round otherwise in the rest of a vector
                 torch.testing.assert_close(linear_w8a8(*p.args), whole, rtol=1e-6, atol=1e-6)
 
@@ -234,7 +300,7 @@ def test_extreme_values_do_not_saturate(every_form: EveryForm) -> None:
 @given(m=st.integers(0, 5), k=st.integers(1, 3000), seed=seeds)
 def test_the_floating_point_path_of_old_cpus_is_exact(m: int, k: int, seed: int) -> None:
     p = problem(m, k, n=4, seed=seed, static=False)
-    assert torch.equal(_int_matmul._float_int_matmul(p.xq, p.q).long(), p.integers())
+    assert torch.equal(_int_matmul.float_int_matmul(p.xq, p.q).long(), p.integers())
 
 
 @pytest.mark.usefixtures("guarded_outputs")
@@ -342,6 +408,8 @@ def test_bad_arguments_say_what_was_given(launcher: Callable[..., Tensor]) -> No
         ({"weight_scale": p.weight_scale[:5]}, r"weight_scale: expected float32 \[9\], got float32 \[5\]"),
         ({"input_scale": p.input_scale.double()}, r"input_scale: expected float32 \[G\], got float64 \[3\]"),
         ({"zero_point": None}, r"input_scale: expected float32 \[4\], got float32 \[3\]"),
+        ({"input_scale": p.input_scale[:2]}, r"the same number .*, got input_scale 2, input_zero_point 3, bias 3"),
+        ({"bias": p.bias[:2]}, r"the same number .*, got input_scale 3, input_zero_point 3, bias 2"),
         ({"bias": p.bias[:, :3]}, r"bias: .* \[G, 9\], got float32 \[3, 3\]"),
         ({"gate": p.gate[:3]}, r"gate: expected float \[4, 9\].*got torch.float32 \[3, 9\]"),
         ({"residual": p.residual[:3]}, r"residual: .* \[4, 9\], got float32 \[3, 9\]"),

@@ -41,6 +41,7 @@ def test_public_names() -> None:
     others = {
         "announce",
         "backend",
+        "dot_product_attention",
         "hadamard_matrix",
         "rotate",
         "rotation_order",
@@ -48,6 +49,7 @@ def test_public_names() -> None:
         "pack_int6",
         "unpack_int4",
         "unpack_int6",
+        "use_tiles",
     }
     assert public == {*OPS, *others}
     assert all(getattr(diffusers_dq_kernels, name) for name in public)

@@ -374,6 +374,23 @@ def test_bad_arguments_say_what_was_given(launcher: Callable[..., Tensor]) -> No
         launcher(x, scale, zero_point, group, shift, inv_smooth, 8, torch.ones(6), 2)
 
 
+@pytest.mark.parametrize("launcher", [quantize_static, static_launcher])
+def test_tables_have_one_row_or_as_many_as_the_others(launcher: Callable[..., Tensor]) -> None:
+    scale, zero_point, group, shift, _ = tables(6, 3, 0)
+    x = torch.randn(2, 6)
+    for lengths, message in (
+        ((2, 3, 1), "scale 2, zero_point 3, shift 1"),
+        ((3, 3, 2), "scale 3, zero_point 3, shift 2"),
+        ((1, 2, 3), "scale 1, zero_point 2, shift 3"),
+    ):
+        with pytest.raises(ValueError, match=f"expected 1 row or the same number of timestep groups, got {message}"):
+            launcher(x, scale[: lengths[0]], zero_point[: lengths[1]], group, shift[: lengths[2]], None, 8)
+    with pytest.raises(ValueError, match="got scale 2, zero_point 3"):
+        launcher(x, scale[:2], zero_point, group, None, None, 8)
+    for lengths in ((1, 3, 3), (3, 1, 1), (1, 1, 3), (1, 1, 1)):
+        launcher(x, scale[: lengths[0]], zero_point[: lengths[1]], group, shift[: lengths[2]], None, 8)
+
+
 @pytest.mark.parametrize("launcher", [quantize_grouped, grouped_launcher])
 @pytest.mark.parametrize("group_size", [0, -32, 16, 48, 64])
 def test_bad_group_sizes(launcher: Callable[..., Tensor], group_size: int) -> None:

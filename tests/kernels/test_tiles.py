@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffusers_dq_kernels import _library, _tiles
+import diffusers_dq_kernels
+from diffusers_dq_kernels import _epilogue, _gemm, _library, _tiles
 from diffusers_dq_kernels._tiles import BUCKETS, Entry, Table, Tile, bucket_of, look_up, shipped_tables, table_name
 
 CAPABILITIES = ((0, 0), (7, 5), (8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (12, 1), (20, 0))
@@ -228,6 +230,41 @@ def test_a_refused_directory_changes_nothing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="sm_90"):
         _tiles.use_tiles(tmp_path)
     assert look_up("linear_w8a8", (9, 0), 500, 64, 64) == before
+
+
+def test_use_tiles_is_public_and_what_products_look_up_after_it(tmp_path: Path) -> None:
+    assert diffusers_dq_kernels.use_tiles is _tiles.use_tiles
+    generic = json.loads((_tiles._SHIPPED / "generic.json").read_text())
+    tile = [32, 16, 32, 2, 3]
+    write(tmp_path / "generic.json", {op: [entry(tile)] for op in generic["ops"]})
+    x, weight = torch.ones(3, 32, dtype=torch.int8), torch.ones(16, 32, dtype=torch.int8)
+    parameters = (torch.ones(16), torch.ones(3), None, None, None, torch.zeros(1, dtype=torch.int64), torch.float32)
+    epilogue = _epilogue.Epilogue(*parameters)
+    shipped = _gemm._tile("linear_w8a8", x, weight, epilogue)
+    diffusers_dq_kernels.use_tiles(str(tmp_path))
+    assert _gemm._tile("linear_w8a8", x, weight, epilogue) == Tile(*tile) != shipped
+    diffusers_dq_kernels.use_tiles(None)
+    assert _gemm._tile("linear_w8a8", x, weight, epilogue) == shipped
+
+
+def test_a_refused_directory_leaves_the_one_before(tmp_path: Path) -> None:
+    (good := tmp_path / "good").mkdir()
+    (bad := tmp_path / "bad").mkdir()
+    file = write(good / "sm_90.json", {"linear_w8a8": [entry(SMALL)]})
+    write(bad / "sm_90.json", {"linear_w8a8": [entry(LARGE, 64)]})
+    _tiles.use_tiles(good)
+    for directory, error, message in (
+        (tmp_path / "nowhere", FileNotFoundError, f"no directory {tmp_path / 'nowhere'}"),
+        (file, NotADirectoryError, f"{file} is a file: expected the directory of tile tables"),
+        (tmp_path, FileNotFoundError, f"no tile tables .* in {tmp_path}"),
+        (bad, ValueError, f"{bad / 'sm_90.json'}: not a usable tile table"),
+    ):
+        with pytest.raises(error, match=message):
+            _tiles.use_tiles(directory)
+        assert look_up("linear_w8a8", (9, 0), 500, 64, 64) == Tile(*SMALL)
+    file.write_text("gone bad after it was read")
+    _tiles._forget()
+    assert look_up("linear_w8a8", (9, 0), 500, 64, 64) == Tile(*SMALL)
 
 
 def test_a_written_table_reads_back(tmp_path: Path) -> None:
