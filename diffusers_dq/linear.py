@@ -124,7 +124,7 @@ class QuantizedLinear(nn.Linear):
     Buffers, fp32 whatever the model is cast to (fp64 where an fp64 weight is not rounded): weight_scale [N], or of
     groups [N, K / g], then perhaps with weight_zero_point int8;
     input_scale [1 or G] and input_zero_point int32 of a static scheme; input_inv_smooth [K], input_shift [1 or G, K]
-    and rotation_signs [K] int8 of an online transform.
+    and rotation_signs [K] int8 of an online transform. Derived, in no file: weight_sum, column_scale, column_bias.
     An `nn.Linear` by class, so that LoRA, offloading and skip lists find it.
     """
 
@@ -137,6 +137,8 @@ class QuantizedLinear(nn.Linear):
     input_shift: Tensor | None
     rotation_signs: Tensor | None
     weight_sum: Tensor | None
+    column_scale: Tensor | None
+    column_bias: Tensor | None
     partition: Tensor
 
     def __init__(
@@ -177,8 +179,11 @@ class QuantizedLinear(nn.Linear):
         buffer("input_inv_smooth", (k,) if layout.smooth else None)
         buffer("input_shift", (layout.shift_groups, k) if layout.shift_groups else None)
         buffer("rotation_signs", (k,) if layout.rotation_order > 1 else None, torch.int8)
-        summed = layout.static or layout.input_zero_points
+        self._folds_range = layout.static and layout.range_groups == 1
+        summed = layout.input_zero_points or (layout.static and not self._folds_range)
         buffer("weight_sum", of_weight if summed else None, torch.int32, keep=False)
+        buffer("column_scale", of_weight if self._folds_range else None, keep=False)
+        buffer("column_bias", (max(1, layout.bias_groups), n) if self._folds_range else None, keep=False)
         # never on meta, though the rest may be: it is known, and it is no tensor of a file
         place = None if device is None or torch.device(device).type == "meta" else device
         self.register_buffer("partition", torch.tensor([layout.partition], device=place), persistent=False)
@@ -199,15 +204,37 @@ class QuantizedLinear(nn.Linear):
             if name not in self._non_persistent_buffers_set:
                 yield name, tensor
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all that belongs to the file is there, nothing on the meta device."""
+        stored = *self.parameters(recurse=False), *(table for _, table in self.tables())
+        return not any(tensor.is_meta for tensor in stored)
+
     def integer_weight(self) -> Tensor:
         """int8 [N, K]."""
         return ops.unpack_int4(self.weight.data) if self.layout.weight_bits == 4 else self.weight.data
 
     def finish_loading(self) -> None:
-        """Derive what is not stored: call after weight and tables have been set."""
+        """Derive what is not stored: call once the layer `is_whole`."""
         self.partition = torch.tensor([self.layout.partition], device=self.weight.device)
         if self.weight_sum is not None:
             self.weight_sum = self._weight_sum()
+        if self._folds_range:
+            self.column_scale, self.column_bias = self._column_terms()
+
+    def _column_terms(self) -> tuple[Tensor, Tensor]:
+        """What one input range for all timesteps makes of weight_scale and bias: y = acc column_scale + column_bias_g.
+
+        Shapes [N] or [N, K / g], and [1 or G, N]. With s and z the input's: column_scale = s weight_scale, and
+        column_bias = bias - z sum_k column_scale q, worked out in fp64.
+        """
+        assert self.weight_scale is not None and self.input_scale is not None and self.input_zero_point is not None
+        scale = self.weight_scale.double() * self.input_scale.double()
+        offset = scale * self._weight_sum() * self.input_zero_point
+        offset = offset if offset.ndim == 1 else offset.sum(dim=1)
+        bias = self._bias()
+        bias = -offset if bias is None else bias.detach().double() - offset
+        return scale.to(self.weight_scale.dtype), bias.to(self.weight_scale.dtype).view(-1, self.out_features)
 
     def _weight_sum(self) -> Tensor:
         """int32 [N], or by group [N, K / g] without the zero points: what an input's zero point is multiplied by."""
@@ -390,47 +417,32 @@ class QuantizedLinear(nn.Linear):
         if self.layout.group_size:
             return self._grouped_product(rounded, dtype, gate, residual, activation)
         product = ops.linear_w4a8 if self.layout.weight_bits == 4 else ops.linear_w8a8
-        static = rounded.scale is None
-        return product(
-            rounded.integers,
-            self.weight,
-            self.weight_scale,
-            self.input_scale if static else rounded.scale,
-            self.input_zero_point,
-            self.weight_sum,
-            self._bias(),
-            self._group(rounded.integers.device),
-            dtype,
-            gate,
-            residual,
-            activation,
-        )
+        if self._folds_range:
+            terms: tuple[Tensor | None, ...] = self.column_scale, None, None, None, self.column_bias
+        else:
+            scale = self.input_scale if rounded.scale is None else rounded.scale
+            terms = self.weight_scale, scale, self.input_zero_point, self.weight_sum, self._bias()
+        group = self._group(rounded.integers.device)
+        return product(rounded.integers, self.weight, *terms, group, dtype, gate, residual, activation)
 
     def _grouped_product(self, rounded: RoundedInput, dtype: torch.dtype, *finish: Any) -> Tensor:
         """`product` where the weight has scales a group; finish: gate, residual, activation."""
         integers, scale, zero_point = rounded
-        group = self._group(integers.device)
+        group, bias = self._group(integers.device), self._bias()
         if scale is None:
             assert self.input_scale is not None and self.input_zero_point is not None
             scale = self._row(self.input_scale, group).expand(integers.shape[:-1])
             groups = integers.shape[-1] // self.layout.group_size
             zero_point = self._row(self.input_zero_point, group).expand(*integers.shape[:-1], groups)
+        if self._folds_range:
+            zero_point, bias = None, self.column_bias
         if self.layout.rounding != "group":
             scale = scale[..., None]
         elif not self.layout.input_zero_points:
             zero_point = None
+        of_weight = self.weight_zero_point, self.weight_sum
         return ops.linear_grouped(
-            integers,
-            self.weight,
-            self.weight_scale,
-            scale,
-            zero_point,
-            self.weight_zero_point,
-            self.weight_sum,
-            self._bias(),
-            group,
-            dtype,
-            *finish,
+            integers, self.weight, self.weight_scale, scale, zero_point, *of_weight, bias, group, dtype, *finish
         )
 
     def dequantized(self, dtype: torch.dtype) -> nn.Linear:
@@ -465,7 +477,8 @@ class QuantizedLinear(nn.Linear):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """Moves follow the module, casts do not reach the tables: a scale rounded to bf16 is another scale."""
-        tables = {name: tensor for name, tensor in self.tables() if tensor.is_floating_point()}
+        buffers = self.named_buffers(recurse=False)
+        tables = {name: tensor for name, tensor in buffers if tensor.is_floating_point()}
         super()._apply(fn, recurse)
         for name, tensor in tables.items():
             moved = getattr(self, name)

@@ -143,9 +143,8 @@ class DQQuantizer(DiffusersQuantizer):
                     f"{param_name} is {stored.dtype} in the file, expected {expected}: the file is damaged"
                 )
             _set_tensor(model, param_name, (stored.to(expected) if own else param_value).to(target_device))
-            owner, _, leaf = param_name.rpartition(".")
-            module = model.get_submodule(owner)
-            if leaf == "weight" and isinstance(module, QuantizedLinear):
+            module = model.get_submodule(param_name.rpartition(".")[0])
+            if isinstance(module, QuantizedLinear) and module.is_whole:
                 module.finish_loading()  # now: with a device_map diffusers moves the model before it asks us again
             return
         assert self._conversion is not None

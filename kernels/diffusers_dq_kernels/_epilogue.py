@@ -35,7 +35,8 @@ class Epilogue(NamedTuple):
     """The parameters of a linear op after its input and weight, in the order of its schema.
 
     weight_scale: [N] fp32.   input_scale: [1 or G] fp32 where there is an input_zero_point, [...] fp32, one a row,
-    where there is none, None for inputs that are not integers.   input_zero_point: [1 or G] int32.   weight_sum: [N]
+    where there is none; None for inputs that are not integers, or where it is in weight_scale already, as it can be if
+    one serves all groups.   input_zero_point: [1 or G] int32.   weight_sum: [N]
     int32, sums of the integer weight over K.   bias: [N] or [1 or G, N] float.   group: [1] int64.
     out_dtype: torch.int32 asks for acc - zero_point weight_sum.   residual: as the output, float.
     gate: float [..., N]; each leading size is the output's, or 1 from some dimension on: [B, 1, N] for [B, T, N].
@@ -82,6 +83,8 @@ class Epilogue(NamedTuple):
 
     def _check_input_scale(self, lead: torch.Size, n: int) -> None:
         if self.input_scale is None:
+            if self.input_zero_point is not None:
+                raise ValueError("input_scale: expected float32 [G] beside an input_zero_point, got None")
             return
         if self.input_zero_point is None:
             expect("input_scale", self.input_scale, (torch.float32,), tuple(lead))

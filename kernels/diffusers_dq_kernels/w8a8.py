@@ -17,8 +17,8 @@ __all__ = ["INTEGER_SCHEMA", "integer_fake", "linear_w8a8"]
 
 # Of every op with an integer input; those after the weight in the order of Epilogue.
 INTEGER_SCHEMA = (
-    "(Tensor xq, Tensor weight, Tensor weight_scale, Tensor input_scale, Tensor? input_zero_point, Tensor? weight_sum,"
-    f" Tensor? bias, Tensor group, ScalarType out_dtype, {FINISH_SCHEMA}) -> Tensor"
+    "(Tensor xq, Tensor weight, Tensor weight_scale, Tensor? input_scale, Tensor? input_zero_point,"
+    f" Tensor? weight_sum, Tensor? bias, Tensor group, ScalarType out_dtype, {FINISH_SCHEMA}) -> Tensor"
 )
 
 

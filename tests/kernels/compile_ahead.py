@@ -124,10 +124,12 @@ def _integer_cases(op: str, capability: int, thorough: bool) -> Iterator[Case]:
         table_name(op): [
             ("plain", dict(k=_EVEN)),
             ("dynamic", dict(k=_EVEN, static=False)),
+            ("one scale", dict(k=_EVEN, static=None)),
             ("integers", dict(k=_EVEN, out_dtype=torch.int32)),
         ],
         table_name(op, finish="gelu"): [
             ("GELU", dict(k=_EVEN, finish="gelu")),
+            ("one scale, GELU", dict(k=_EVEN, static=None, finish="gelu")),
             ("dynamic, GELU", dict(k=_EVEN, static=False, finish="gelu")),
             ("GELU, odd N", dict(k=_EVEN, finish="gelu", n=_N + 1)),
         ],
@@ -160,14 +162,15 @@ def integer_args(
     m: int,
     *,
     k: int,
-    static: bool = True,
+    static: bool | None = True,
     finish: str = "plain",
     out_dtype: torch.dtype = torch.bfloat16,
     n: int = _N,
     multiplier: bool = False,
 ) -> tuple[Any, ...]:
+    """static: None for one input scale, which is in the weight's."""
     xq = _input(m, k, torch.int8)
-    scale, zero_point = torch.empty(xq.shape[:-1]), None
+    scale, zero_point = None if static is None else torch.empty(xq.shape[:-1]), None
     if static:
         scale, zero_point = torch.empty(4), torch.empty(4, dtype=torch.int32)
     return (

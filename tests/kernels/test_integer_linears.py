@@ -36,7 +36,7 @@ class Problem:
     q: Tensor
     weight: Tensor
     weight_scale: Tensor
-    input_scale: Tensor
+    input_scale: Tensor | None
     zero_point: Tensor | None
     bias: Tensor | None
     group: Tensor
@@ -128,7 +128,10 @@ def test_integers_equal_int64_exactly(
 def allowed(p: Problem) -> tuple[Tensor, Tensor]:
     """The fp64 result, and how far an fp32 epilogue may be from it: each step rounds its result by 2^-24 of it."""
     exact = p.reference(torch.float64)
-    scale = p.input_scale[..., None] if p.zero_point is None else p.input_scale[int(p.group) % len(p.input_scale)]
+    if p.input_scale is None:
+        scale = torch.ones(1)
+    else:
+        scale = p.input_scale[..., None] if p.zero_point is None else p.input_scale[int(p.group) % len(p.input_scale)]
     scaled = (p.integers().double() * scale.double() * p.weight_scale.double()).abs()
     size = scaled + (0 if p.bias is None else p.bias.abs().amax(0))
     if p.activation != "none":
@@ -167,6 +170,18 @@ def test_the_reference_is_what_it_says() -> None:
     z = p.integers() * (p.input_scale[p.group].double() * p.weight_scale.double()) + p.bias[p.group]
     y = p.residual + p.gate * torch.nn.functional.gelu(z, approximate="tanh")
     torch.testing.assert_close(p.reference(torch.float64), y, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("finish", FINISHES)
+def test_one_input_scale_may_be_in_the_weights(every_form: EveryForm, bits: int, finish: str) -> None:
+    """Then with the zero point in the bias: no table but the bias is left."""
+    p = replace(problem(5, 32, n=7, bits=bits, static=False, finish=finish), input_scale=None)
+    exact, tolerance = allowed(p)
+    for form, y in p.forms(every_form).items():
+        assert ((y.double() - exact).abs() <= tolerance).all(), form
+    with pytest.raises(ValueError, match="input_scale: expected float32 .* beside an input_zero_point, got None"):
+        OPS[bits](*replace(problem(5, 32, n=7, bits=bits), input_scale=None).args)
 
 
 @pytest.mark.parametrize("shape", [(6, 32), (2, 3, 32), (2, 3, 2, 32)])
