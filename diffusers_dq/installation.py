@@ -228,13 +228,17 @@ def _equal(model: nn.Module, copied: str, original: str) -> bool:
 def install_skeleton(model: nn.Module, description: Description) -> None:
     """Give a model on the meta device the layers of a saved one, tensors still to come.
 
-    Raises ValueError where the description names a module that the model lacks.
+    Raises ValueError where the description names a module that the model lacks, or a layout that does not fit it.
     """
     groups = TimestepGroups(description.partitions[0])
     layers = {}
     for name, layout in description.linears.items():
         linear = _submodule(model, name, nn.Linear)
         bias = linear.bias is not None
+        try:
+            layout.check_width(linear.in_features)
+        except ValueError as error:
+            raise ValueError(f"the quantization_config in config.json is damaged: {name}: {error}") from None
         layers[name] = QuantizedLinear(
             linear.in_features, linear.out_features, bias, layout, groups, device="meta", dtype=description.dtype
         )

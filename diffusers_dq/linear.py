@@ -83,8 +83,22 @@ class LinearLayout:
         if not self.group_size and (self.rounding == "group" or self.weight_zero_points or self.input_zero_points):
             raise ValueError("rounding by group and zero points of groups need a group_size")
         for name in ("group_size", "bias_groups", "range_groups", "shift_groups", "partition", "rotation_order"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 0:
+            if type(getattr(self, name)) is not int or getattr(self, name) < 0:
                 raise ValueError(f"{name} must be a whole number, got {getattr(self, name)!r}")
+        for name in ("smooth", "weight_zero_points", "input_zero_points"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        if self.static != (self.range_groups > 0):
+            raise ValueError(f"range_groups is {self.range_groups} with rounding {self.rounding!r}: static has ranges")
+        if self.weight_zero_points and self.weight_bits > 4:
+            raise ValueError(f"weight_zero_points need 4-bit weights, got {self.weight_bits}: q - z must fit in int8")
+
+    def check_width(self, in_features: int) -> None:
+        """Raises ValueError for groups or rotations that do not fit a linear of this width."""
+        if self.group_size and in_features % self.group_size:
+            raise ValueError(f"group_size {self.group_size} does not divide the {in_features} in_features")
+        if self.rotation_order != 1:
+            ops.check_order(self.rotation_order, in_features)
 
     @property
     def rounds_weight(self) -> bool:
@@ -153,6 +167,7 @@ class QuantizedLinear(nn.Linear):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias=False, device="meta")
+        layout.check_width(in_features)
         dtype = dtype or torch.get_default_dtype()
         # the integer kernels take fp32; only what is not rounded has use for the precision of an fp64 model
         table = torch.float32 if layout.rounds_weight else torch.promote_types(dtype, torch.float32)

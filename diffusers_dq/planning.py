@@ -234,7 +234,10 @@ def _place(
     group: LinearGroup, solution: Solution, channels: int, config: DQConfig, plans: dict[str, LinearPlan]
 ) -> None:
     """Give the group's chain to its linears, and its upstream half to the producer or to the quantize step."""
-    chain = solution.chains.get(group.name)
+    chain, note = solution.chains.get(group.name), solution.notes.get(group.name)
+    for name in group.linears:
+        if note and name in plans:
+            plans[name] = replace(plans[name], note=note)
     if chain is None:
         return
     obstacle = _obstacle(group, chain, config, plans) if chain.transforms else None

@@ -26,7 +26,8 @@ class SharedInput:
     """The rounded input of linears with equal tables: the first that sees an activation rounds it, the others find it.
 
     Kept no longer than the activation lives, and found only while neither it nor the timestep group has been written
-    to. Tensors made under torch.inference_mode count no writes, so they are never kept. A copy starts out empty.
+    to. Tensors made under torch.inference_mode count no writes, so they are never kept; nor is what wants a gradient,
+    whose integers would keep it alive. A copy starts out empty.
     """
 
     def __init__(self) -> None:
@@ -40,7 +41,7 @@ class SharedInput:
         return kept.rounded
 
     def keep(self, activation: Tensor, group: Tensor, rounded: RoundedInput) -> None:
-        if activation.is_inference() or group.is_inference():
+        if activation.is_inference() or group.is_inference() or activation.requires_grad:
             return
         self._kept = _Kept(weakref.ref(activation, self._forget), _versions(activation, group), rounded)
 

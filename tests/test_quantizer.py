@@ -429,6 +429,13 @@ NONSENSE = {
     "bits out of range": lambda config: config["result"]["linears"][LINEAR].update(weight_bits=3),
     "negative count": lambda config: config["result"]["linears"][LINEAR].update(bias_groups=-1),
     "no such partition": lambda config: config["result"]["linears"][LINEAR].update(partition=5),
+    "static without a range": lambda config: config["result"]["linears"][LINEAR].update(range_groups=0),
+    "no such rotation": lambda config: config["result"]["linears"][LINEAR].update(rotation_order=3),
+    "group size that does not fit": lambda config: config["result"]["linears"][LINEAR].update(group_size=24),
+    "a word for a flag": lambda config: config["result"]["linears"][LINEAR].update(smooth="no"),
+    "zero points of 8-bit weights": lambda config: config["result"]["linears"][LINEAR].update(
+        weight_bits=8, group_size=32, weight_zero_points=True
+    ),
     "unknown layout key": lambda config: config["result"]["linears"][LINEAR].update(color="red"),
     "no layout": lambda config: config["result"]["linears"].update({LINEAR: None}),
     "no such linear": lambda config: config["result"]["linears"].update(

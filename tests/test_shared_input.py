@@ -4,6 +4,7 @@
 import copy
 import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -62,6 +63,16 @@ def test_three_linears_one_rounding(quantized, kind, run_dit):
     with CountRoundings() as counter:
         assert torch.equal(run_dit(model, (500,)), shared)
     assert counter.count == 6 * blocks(model)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_nothing_outlives_its_activation_in_grad_mode_either(quantized, kind):
+    attention, x = quantized(kind).transformer_blocks[0].attn1, torch.randn(2, 3, 32, requires_grad=True) * 1
+    alive = weakref.ref(x)
+    attention(x)
+    del x
+    gc.collect()
+    assert alive() is None
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

@@ -94,7 +94,7 @@ def _require(where: str, given: Any, fields: Mapping[str, Kinds], optional: Mapp
         if name not in given:
             if name in fields:
                 raise ValueError(f"{where} has no {name!r}")
-        elif not isinstance(given[name], kinds):
+        elif not isinstance(given[name], kinds) or (isinstance(given[name], bool) and kinds is not bool):
             raise ValueError(f"{where}.{name} is {_named(given[name])}, expected {_names(kinds)}")
 
 

@@ -6,7 +6,7 @@ Where a transform's two halves go, and the rounding itself, are the planner's (p
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 import torch
@@ -49,9 +49,10 @@ class Site:
 
 @dataclass(frozen=True)
 class Solution:
-    """What a method chose.   chains: by site name, none for a site left as it is."""
+    """What a method chose, by site name.   chains: none for a site left as it is.   notes: for the report."""
 
     chains: Mapping[str, Chain]
+    notes: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +105,12 @@ class Method(ABC):
         return Solution({})
 
 
-def transformed(sites: Sequence[Site], online: bool | None) -> list[Site]:
+def token_or_tensor(bits: int, dynamic: bool) -> QuantScheme:
+    """Of activations: a symmetric scale a token found at run time, or a static range of the whole tensor."""
+    return QuantScheme(bits=bits, granularity="token" if dynamic else "tensor", symmetric=dynamic, dynamic=dynamic)
+
+
+def sites_to_transform(sites: Sequence[Site], online: bool | None) -> list[Site]:
     """The sites whose input a method is to change: those that a producer can carry, with `online` the others too.
 
     None is True for an architecture of which no producer is known, else False.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diffusers_dq.affine import RangeSearch
 from diffusers_dq.balancing import balance
-from diffusers_dq.methods.base import METHODS, Method, MethodOptions, Site, Solution, transformed
+from diffusers_dq.methods.base import METHODS, Method, MethodOptions, Site, Solution, sites_to_transform
 from diffusers_dq.scheme import QuantScheme
 from diffusers_dq.timesteps import Boundaries, Linkage, boundaries_of, group_of, partition
 from diffusers_dq.transforms import Chain, Scale, Shift
@@ -89,7 +89,7 @@ class HTG(Method):
         """Algorithm 2, steps 1 to 4, for every site; `timesteps` [T] in the order of denoising."""
         if timesteps is None:
             raise ValueError("htg needs statistics")
-        changed = transformed(sites, self.options.online)
+        changed = sites_to_transform(sites, self.options.online)
         shifts = {site.name: _midpoints(site) for site in changed}
         boundaries = self._boundaries(shifts, timesteps)
         chains = {

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """PTQ4DiT (Wu et al., NeurIPS 2024): channels of input and weight balanced, timesteps weighed by where it helps.
 
-Notation as in the paper: rho_t the correlation of the two saliences at step t, eta_t the weight of the step.
+The paper's balancing (sections 4.1 and 4.2), with ranges searched as in Q-Diffusion. The AdaRound reconstruction that
+its released code adds, and that carries W4A8 there (methods.md, A1), is not here yet. Notation as in the paper: rho_t
+the correlation of the two saliences at step t, eta_t the weight of the step.
 """
 
 from collections.abc import Sequence
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from diffusers_dq.affine import RangeSearch
 from diffusers_dq.balancing import balance, spearman
-from diffusers_dq.methods.base import METHODS, Method, MethodOptions, Site, Solution, transformed
+from diffusers_dq.methods.base import METHODS, Method, MethodOptions, Site, Solution, sites_to_transform
 from diffusers_dq.scheme import QuantScheme
 from diffusers_dq.transforms import Chain, Scale
 
@@ -36,7 +38,9 @@ class PTQ4DiTOptions(MethodOptions):
 @METHODS.register("ptq4dit")
 class PTQ4DiT(Method):
     Options: ClassVar[type[MethodOptions]] = PTQ4DiTOptions
-    summary = "channel-wise salience balancing, calibrated over timesteps by Spearman's rho; static activations"
+    summary = (
+        "channel-wise salience balancing over timesteps, static activations; without AdaRound reconstruction so far"
+    )
     options: PTQ4DiTOptions
 
     @property
@@ -55,7 +59,7 @@ class PTQ4DiT(Method):
         return QuantScheme(bits=bits, granularity="tensor", symmetric=False)
 
     def solve(self, sites: Sequence[Site], timesteps: Tensor | None) -> Solution:
-        return Solution({site.name: self._chain(site) for site in transformed(sites, self.options.online)})
+        return Solution({site.name: self._chain(site) for site in sites_to_transform(sites, self.options.online)})
 
     def _chain(self, site: Site) -> Chain:
         weight_max, input_max = site.weight_max(), site.input_max()

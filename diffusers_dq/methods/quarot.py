@@ -12,7 +12,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from diffusers_dq.affine import RangeSearch
-from diffusers_dq.methods.base import METHODS, Method, MethodOptions, Site, Solution
+from diffusers_dq.methods.base import METHODS, Method, MethodOptions, Site, Solution, token_or_tensor
 from diffusers_dq.scheme import QuantScheme
 from diffusers_dq.transforms import Chain, Rotate
 
@@ -22,7 +22,8 @@ class QuaRotOptions(MethodOptions):
     """full_width: rotate all channels with one matrix, where an order fits, 1152 = 36 x 32, not in
         blocks of up to 256.
     seed: of the signs.   dynamic: activation scales a token at run time, else static ones a tensor, which need
-        calibration.   search: of static ranges and weights; see HTG.
+        calibration. Their range is that of the 8 tokens a step that calibration keeps, not of all of them: extremes of
+        channels say nothing of what is mixed from them.   search: of static ranges and weights; see HTG.
     """
 
     full_width: bool = False
@@ -51,14 +52,20 @@ class QuaRot(Method):
         return self.options.search
 
     def activation_scheme(self, bits: int, in_features: int) -> QuantScheme:
-        dynamic = self.options.dynamic
-        return QuantScheme(bits=bits, granularity="token" if dynamic else "tensor", symmetric=dynamic, dynamic=dynamic)
+        return token_or_tensor(bits, self.options.dynamic)
 
     def solve(self, sites: Sequence[Site], timesteps: Tensor | None) -> Solution:
-        chains = {}
+        chains, notes = {}, {}
         for site in sites:
-            channels = site.weights[0].shape[1]
-            rotation = Rotate.random(channels, self.options.seed, self.options.full_width)
-            if site.transformable and rotation is not None:
-                chains[site.name] = Chain(rotation=rotation)
-        return Solution(chains)
+            if site.transformable:
+                rotation = self._rotation(site.weights[0].shape[1])
+                if rotation is None:
+                    notes[site.name] = "not rotated: in_features is no multiple of 4"
+                else:
+                    chains[site.name] = Chain(rotation=rotation)
+        return Solution(chains, notes)
+
+    def _rotation(self, channels: int) -> Rotate | None:
+        if self.options.full_width and Rotate.fits(channels):
+            return Rotate.random(channels, self.options.seed, full_width=True)
+        return Rotate.random(channels, self.options.seed)

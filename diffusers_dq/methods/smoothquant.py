@@ -9,7 +9,15 @@ from torch import Tensor
 
 from diffusers_dq.affine import RangeSearch
 from diffusers_dq.balancing import balance
-from diffusers_dq.methods.base import METHODS, Method, MethodOptions, Site, Solution, transformed
+from diffusers_dq.methods.base import (
+    METHODS,
+    Method,
+    MethodOptions,
+    Site,
+    Solution,
+    sites_to_transform,
+    token_or_tensor,
+)
 from diffusers_dq.scheme import QuantScheme
 from diffusers_dq.transforms import Chain, Scale
 
@@ -51,11 +59,10 @@ class SmoothQuant(Method):
         return self.options.search
 
     def activation_scheme(self, bits: int, in_features: int) -> QuantScheme:
-        dynamic = self.options.dynamic
-        return QuantScheme(bits=bits, granularity="token" if dynamic else "tensor", symmetric=dynamic, dynamic=dynamic)
+        return token_or_tensor(bits, self.options.dynamic)
 
     def solve(self, sites: Sequence[Site], timesteps: Tensor | None) -> Solution:
-        return Solution({site.name: self._chain(site) for site in transformed(sites, self.options.online)})
+        return Solution({site.name: self._chain(site) for site in sites_to_transform(sites, self.options.online)})
 
     def _chain(self, site: Site) -> Chain:
         largest = site.input_max().amax(0)  # [K]

@@ -31,6 +31,15 @@ class Rotate:
         generator = torch.Generator().manual_seed(seed)
         return cls((2 * torch.randint(2, (channels,), generator=generator) - 1).to(torch.int8), order)
 
+    @staticmethod
+    def fits(channels: int) -> bool:
+        """Whether one matrix can rotate so many channels."""
+        try:
+            ops.rotation_order(channels, full_width=True)
+        except ValueError:
+            return False
+        return True
+
     def forward(self, x: Tensor, group: Tensor) -> Tensor:
         return ops.rotate(x, self.signs.to(x.device), self.order)
 

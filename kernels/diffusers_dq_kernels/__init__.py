@@ -9,7 +9,7 @@ from ._tiles import use_tiles
 from .attention import attention_int8
 from .fused_quantize import gelu_quantize_dynamic, gelu_quantize_static, norm_quantize_dynamic, norm_quantize_static
 from .grouped import linear_grouped
-from .hadamard import hadamard_matrix, rotate, rotation_order
+from .hadamard import check_order, hadamard_matrix, rotate, rotation_order
 from .packing import pack_int4, pack_int6, unpack_int4, unpack_int6
 from .quantize import quantize_dynamic, quantize_grouped, quantize_static
 from .sdpa import dot_product_attention
@@ -21,6 +21,7 @@ __all__ = [
     "announce",
     "attention_int8",
     "backend",
+    "check_order",
     "dot_product_attention",
     "gelu_quantize_dynamic",
     "gelu_quantize_static",

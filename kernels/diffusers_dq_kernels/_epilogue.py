@@ -103,7 +103,9 @@ class Epilogue(NamedTuple):
         sums: the accumulator [rows, N] of a piece of the rows, or of all for None.   at_once: values in a piece.
         whole: so many may be one piece, if more than at_once.   Returns [rows, N] of out_dtype.
         """
-        gate, each = (None, max(1, rows)) if self.gate is None else gate_rows(self.gate, rows)
+        if rows * n == 0:
+            return torch.empty(rows, n, dtype=self.out_dtype)
+        gate, each = (None, rows) if self.gate is None else gate_rows(self.gate, rows)
         if rows * n <= max(whole or 0, at_once):
             y = self._finish_piece(sums, None, gate, each)
             return y if gate is None else y.view(rows, n)
@@ -124,7 +126,7 @@ class Epilogue(NamedTuple):
         acc, epilogue = sums(piece), self
         (*lead, n) = acc.shape
         if gate is not None:
-            rows = min(each, lead[0]) or 1
+            rows = min(each, lead[0])
             lead = [lead[0] // rows, rows]
             acc = acc.view(*lead, n)
             of_gate = None if piece is None else slice(piece.start // each, -(-piece.stop // each))

@@ -109,11 +109,11 @@ def launch(
         return y
     if _is_aligned(rows) and _is_aligned(weight):
         tile = _tile(tiles, rows, weight, epilogue)
+        if N % 16:
+            announce(op_name, "N is not a multiple of 16: values are stored one by one, slower")
     else:
-        announce(op_name, "K or a stride is not a multiple of 16: loads of single bytes, slower")
+        announce(op_name, "K or a stride is not a multiple of 16: a small tile that loads single bytes, slower")
         tile = RAGGED
-    if N % 16:
-        announce(op_name, "N is not a multiple of 16: a small tile whose values are stored one by one, slower")
     if largest_block_k is not None:
         tile = tile._replace(block_k=min(tile.block_k, largest_block_k))
     with torch.cuda.device_of(x):

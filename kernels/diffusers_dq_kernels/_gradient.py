@@ -4,6 +4,7 @@
 The forward runs with grad mode on, since pipelines of nn.Modules often do. A result then remembers a source, an input
 that wanted a gradient: a floating-point one in its grad_fn, which raises, and one of integers, of which autograd keeps
 no record, in an attribute, which the next op finds. So the error comes when backward reaches the last op of a layer.
+Who slices or copies the integers on the way to the next op leaves the attribute behind, and with it the error.
 """
 
 from collections.abc import Iterable
@@ -59,7 +60,8 @@ class _Refusing(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, result: Tensor, source: Tensor, op_name: str) -> Tensor:
         ctx.op_name, ctx.size = op_name, source.shape
-        return result.view_as(result)
+        ctx.mark_dirty(result)  # itself and no view of it, which would refuse to be written to
+        return result
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, None]:

@@ -3,13 +3,14 @@
 
 torch's flash kernel (2.13) multiplies blocks of 64 queries one after the other, and without AMX each is a call of
 oneDNN whose setting up costs more than its product. Here a product takes as many heads as fit in cache. bf16 logits
-would be too coarse, 2^-9 of their size, so they are computed twice:
+would be too coarse, 2^-8 of their size, so they are computed twice:
 
     m[n] = max_l bf16(q[n] k[l]^T)
     P[n] = softmax_l(bf16((q[n] k[l]^T - m[n]) / sqrt(D)))
 
-The difference is taken in the accumulator, before anything is rounded, so the logits that count are near zero, where
-bf16 is fine: one more column of q holds m, and of k holds -1. B batch, H heads, N queries, L keys, D head width.
+The difference is taken in the accumulator, before anything is rounded, so a logit x is off by at most
+2^-8 |x - m| / sqrt(D), and the ones that count are near zero: the largest is within 2^-8 |m| of m. One more column of
+q holds m, and of k -1. B batch, H heads, N queries, L keys, D head width.
 """
 
 from collections.abc import Iterator
@@ -32,9 +33,10 @@ _SPARE = 8  # columns: one is used, and rows stay aligned
 def dot_product_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(D)) v: `F.scaled_dot_product_attention`, or on CPUs where that is quicker `attention_bf16`.
 
-    query: [B, H, N, D] float.   key, value: [B, H, L, D] of the same dtype.   Returns [B, H, N, D].
+    query: [B, H, N, D] float.   key: [B, H, L, D], value: [B, H, L, E], of the same dtype.   Returns [B, H, N, E].
     """
-    if query.dtype == torch.bfloat16 and query.device.type == "cpu" and _products_are_quicker():
+    two_products = query.dtype == torch.bfloat16 and query.device.type == "cpu" and _products_are_quicker()
+    if two_products and value.shape == key.shape and key.shape[2]:
         return attention_bf16(query, key, value)
     return F.scaled_dot_product_attention(query, key, value)
 
@@ -61,9 +63,9 @@ def in_parts(
 
 
 def attention_bf16_reference(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v, logits near a row's largest to fp32's precision and the others to bf16's.
+    """softmax(q k^T / sqrt(D)) v, every other form with logits rounded as the formulas above.
 
-    query: [B, H, N, D] bf16.   key, value: [B, H, L, D] bf16.
+    query: [B, H, N, D] bf16.   key, value: [B, H, L, D] bf16, L > 0.
     Returns [B, H, N, D] bf16, stored as [B, N, H, D]: heads merge without a copy.
     """
     y = F.scaled_dot_product_attention(query.double(), key.double(), value.double())

@@ -146,3 +146,13 @@ def test_opcheck_with_an_input_that_wants_a_gradient() -> None:
     ):
         kinds = ("test_schema", "test_autograd_registration", "test_faketensor")
         torch.library.opcheck(op, args, test_utils=kinds)
+
+
+def test_an_output_may_be_written_to() -> None:
+    """diffusers' blocks add in place, with grad mode on."""
+    x = torch.randn(M, K, requires_grad=True)
+    y = linear_w8a8(quantize_static(x, scale, zero_point, group, None, None, 8), q, *static)
+    y += 1
+    y = torch.nn.functional.relu(y, inplace=True)
+    with pytest.raises(RuntimeError, match=REFUSED.format("linear_w8a8")):
+        y.sum().backward()

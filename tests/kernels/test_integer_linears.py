@@ -172,6 +172,12 @@ def test_the_reference_is_what_it_says() -> None:
     torch.testing.assert_close(p.reference(torch.float64), y, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("shape", [(2, 0, 32), (0, 3, 32)])
+def test_no_rows(every_form: EveryForm, shape: tuple[int, ...]) -> None:
+    for form, y in problem(*shape, n=7, static=False, finish="all").forms(every_form).items():
+        assert y.shape == (*shape[:-1], 7), form
+
+
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("finish", FINISHES)
 def test_one_input_scale_may_be_in_the_weights(every_form: EveryForm, bits: int, finish: str) -> None:

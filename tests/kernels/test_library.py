@@ -41,6 +41,7 @@ def test_public_names() -> None:
     others = {
         "announce",
         "backend",
+        "check_order",
         "dot_product_attention",
         "hadamard_matrix",
         "rotate",
