@@ -262,7 +262,7 @@ def test_an_odd_n_is_announced(caplog: pytest.LogCaptureFixture, bits: int) -> N
             p = problem(3, 32, n=n, bits=bits)
             LAUNCHERS[bits](*p.args)
     assert caplog.messages == [
-        f"linear_w{bits}a8: N is not a multiple of 16: a small tile whose values are stored one by one, slower"
+        f"linear_w{bits}a8: N is not a multiple of 16: values are stored one by one, slower"
     ]
 
 
