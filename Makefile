@@ -29,7 +29,7 @@ style: .venv/installed ## reformat
 
 benchmark: .venv/installed ## int8 against floating point and the peers on this machine; kernels/README.md from the results
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[benchmark]'
-	$(BIN)/diffusers-dq benchmark all
+	$(BIN)/diffusers-dq benchmark all --overwrite
 	$(BIN)/diffusers-dq benchmark report
 
 clean:

@@ -15,6 +15,7 @@ from diffusers.models.attention import BasicTransformerBlock, FeedForward
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.normalization import AdaLayerNormZero
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 import diffusers_dq_kernels as ops
 from diffusers_dq.attention import split_heads
@@ -92,7 +93,7 @@ def _is_plain(attn: Any) -> bool:
 def _fuses(block: Any, hidden_states: Tensor, kwargs: dict[str, Any]) -> bool:
     """Whether the fused forward computes what the block's own would: no part replaced, hooked or used otherwise."""
     given = {name for name, value in kwargs.items() if value is not None}
-    if type(block.ff) is not FeedForward or type(block.norm1) is not AdaLayerNormZero:
+    if type(block.ff) is not FeedForward or type(block.norm1) is not AdaLayerNormZero or _has_any_global_hook():
         return False
     up, *others = block.ff.net
     dropouts = [module for module in others if type(module) is not QuantizedLinear]

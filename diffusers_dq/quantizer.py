@@ -142,8 +142,10 @@ class DQQuantizer(DiffusersQuantizer):
                 raise ValueError(
                     f"{param_name} is {stored.dtype} in the file, expected {expected}: the file is damaged"
                 )
-            _set_tensor(model, param_name, (stored.to(expected) if own else param_value).to(target_device))
             module = model.get_submodule(param_name.rpartition(".")[0])
+            if isinstance(module, QuantizedLinear) and not torch.isfinite(stored).all():
+                raise ValueError(f"{param_name} holds NaN or infinite values: the file is damaged")
+            _set_tensor(model, param_name, (stored.to(expected) if own else param_value).to(target_device))
             if isinstance(module, QuantizedLinear) and module.is_whole:
                 module.finish_loading()  # now: with a device_map diffusers moves the model before it asks us again
             return

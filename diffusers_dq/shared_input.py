@@ -26,8 +26,9 @@ class SharedInput:
     """The rounded input of linears with equal tables: the first that sees an activation rounds it, the others find it.
 
     Kept no longer than the activation lives, and found only while neither it nor the timestep group has been written
-    to. Tensors made under torch.inference_mode count no writes, so they are never kept; nor is what wants a gradient,
-    whose integers would keep it alive. A copy starts out empty.
+    to, other than through `.data` or NumPy, which no tensor notices. Tensors made under torch.inference_mode count no
+    writes, so they are never kept; nor is what wants a gradient, whose integers would keep it alive. A copy starts out
+    empty.
     """
 
     def __init__(self) -> None:

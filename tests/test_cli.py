@@ -124,9 +124,33 @@ def test_the_report_goes_into_the_readme_it_is_given(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text("<!-- benchmarks: begin (generated) -->\n<!-- benchmarks: end -->\n")
     (tmp_path / "old.json").write_text("{}")
+    arguments = ("--device", "cpu", "--rounds", 1, "--output", tmp_path / "new.json")
+    run("benchmark", "gemm", "8x8x8", *arguments)
     text = run("benchmark", "report", "--results", tmp_path, "--readme", readme)
     assert "no step measured: no plot" in text and "not shown: old.json" in text
-    assert "Nothing yet" in readme.read_text()
+    assert "new.json" in readme.read_text()
+
+
+def test_a_report_of_nothing_leaves_the_readme_alone(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- benchmarks: begin (generated) -->\ntables\n<!-- benchmarks: end -->\n")
+    for folder in (tmp_path / "missing", tmp_path):
+        text = run("benchmark", "report", "--results", folder, "--readme", readme, exit_code=2)
+        assert "holds no results to report" in text and "tables" in readme.read_text()
+        (tmp_path / "damaged.json").write_text("{")
+
+
+def test_results_in_the_usual_place_are_replaced_only_when_told(tmp_path, monkeypatch):
+    monkeypatch.setitem(plan.PEAK_SIZE, "cpu", 64)
+    monkeypatch.setattr("diffusers_dq.benchmark.environment.results_folder", lambda: tmp_path)
+    arguments = ("benchmark", "gemm", "8x8x8", "--rounds", 1, "--device", "cpu")
+    run(*arguments)
+    (results,) = tmp_path.glob("gemm-*.json")
+    before = results.read_text()
+    assert "holds results already: --resume" in run(*arguments, exit_code=2)
+    assert results.read_text() == before
+    run(*arguments, "--overwrite")
+    assert results.read_text() != before
 
 
 def test_help_names_the_commands():

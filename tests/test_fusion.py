@@ -216,6 +216,17 @@ def test_a_mask_reaches_attention(quantized):
     assert (masked - free).norm() > 1e-2 * free.norm()
 
 
+def test_global_hooks_see_every_module(quantized, run_dit):
+    """Profilers and FLOP counters hook into all modules at once."""
+    model = quantized("static")
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        count, _ = fused_norms(run_dit, model)
+    finally:
+        handle.remove()
+    assert count == 0
+
+
 def test_hooks_still_see_every_linear(quantized, run_dit):
     model, seen = quantized("static"), []
     model.transformer_blocks[0].ff.net[0].proj.register_forward_hook(lambda *_: seen.append(1))

@@ -404,6 +404,15 @@ def test_a_tensor_of_another_dtype_is_an_error(damaged, name, dtype):
         load(damaged)
 
 
+@pytest.mark.parametrize("name", ["weight_scale", "bias_groups", "input_scale"])
+def test_a_table_that_is_not_finite_is_an_error(damaged, name):
+    """Integers would hide it: what NaN is rounded to looks like any other number."""
+    name = f"{LINEAR}.{name}"
+    edit_weights(damaged, lambda tensors: tensors[name].view(-1)[0].fill_(float("nan")))
+    with pytest.raises(ValueError, match=rf"{name} holds NaN or infinite values"):
+        load(damaged)
+
+
 def test_a_truncated_file_is_an_error(damaged):
     content = weights_file(damaged).read_bytes()
     weights_file(damaged).write_bytes(content[:-100])

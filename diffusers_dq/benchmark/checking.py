@@ -16,7 +16,7 @@ _ABOUT: dict[str, Kinds] = {
     "driver": object,
     "date": str,
     "commit": (str, type(None)),
-    "dirty": object,
+    "dirty": (bool, type(None)),
     "settings": dict,
 }
 _SETTINGS: dict[str, Kinds] = {"rounds": int, "scope": str, "cuda_graphs": bool}
@@ -94,8 +94,14 @@ def _require(where: str, given: Any, fields: Mapping[str, Kinds], optional: Mapp
         if name not in given:
             if name in fields:
                 raise ValueError(f"{where} has no {name!r}")
-        elif not isinstance(given[name], kinds) or (isinstance(given[name], bool) and kinds is not bool):
+        elif not _is_a(given[name], kinds):
             raise ValueError(f"{where}.{name} is {_named(given[name])}, expected {_names(kinds)}")
+
+
+def _is_a(value: Any, kinds: Kinds) -> bool:
+    """isinstance, but true and false are no numbers."""
+    types = kinds if isinstance(kinds, tuple) else (kinds,)
+    return type(value) in types if isinstance(value, bool) else isinstance(value, types)
 
 
 def _one_of(where: str, given: str, known: Collection[str]) -> None:

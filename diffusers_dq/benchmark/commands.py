@@ -31,6 +31,7 @@ MaxSeconds = Annotated[float, typer.Option(min=0, help="of a group of contestant
 Scope = Annotated[str, typer.Option(help="torch.compile of the whole 'model' or of its repeated 'blocks'")]
 Graphs = Annotated[bool | None, typer.Option(help="CUDA graphs for every contestant, or for none; on a GPU for every")]
 Output = Annotated[Path | None, typer.Option(help="results file; by default one named after the hardware")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace results in the usual place")]
 Resume = Annotated[bool, typer.Option("--resume", help="go on with the results file: leave out what it holds")]
 Commit = Annotated[str | None, typer.Option(help="to note, where there is no git checkout to ask")]
 Profile = Annotated[bool, typer.Option("--profile", help="after timing, where each contestant's step spends its time")]
@@ -48,13 +49,14 @@ Contestants = Annotated[list[str] | None, typer.Option("--contestant", help=f"of
 
 @dataclass(frozen=True)
 class Run:
-    """One invocation.   command: in the file's name."""
+    """One invocation.   command: in the file's name.   overwrite: results that are in its usual place already."""
 
     command: str
     settings: Settings
     output: Path | None = None
     resume: bool = False
     commit: str | None = None
+    overwrite: bool = False
     budget: float = float("inf")
 
     def measure(self, parts: Sequence[Part]) -> Results:
@@ -77,6 +79,11 @@ class Run:
         path = self.output or environment.results_folder() / name
         with _told():
             check_place(path)
+            if self.output is None and path.exists() and not (self.resume or self.overwrite):
+                raise ValueError(
+                    f"{path} holds results already: --resume goes on with them, --overwrite replaces them, --output"
+                    " writes elsewhere"
+                )
             return Results.resume(path, about) if self.resume else Results(about, path)
 
 
@@ -93,6 +100,7 @@ def measure_all(
     ] = False,
     profile: Profile = False,
     output: Output = None,
+    overwrite: Overwrite = False,
     resume: Resume = False,
     commit: Commit = None,
     threads: Threads = None,
@@ -105,7 +113,7 @@ def measure_all(
         import_plain_sdnq()
         settings = replace(settings, backend="aot_eager")
         output = output or Path.cwd() / "dry-run.json"
-    run = Run("all", settings, output, resume, commit, float("inf") if budget is None else budget)
+    run = Run("all", settings, output, resume, commit, overwrite, float("inf") if budget is None else budget)
     run.measure(plan.dry_plan() if dry_run else plan.full_plan(settings.device))
 
 
@@ -118,6 +126,7 @@ def measure_gemm(
     rounds: Rounds = 30,
     max_seconds: MaxSeconds = 40.0,
     output: Output = None,
+    overwrite: Overwrite = False,
     resume: Resume = False,
     commit: Commit = None,
     threads: Threads = None,
@@ -127,7 +136,7 @@ def measure_gemm(
     peak = peak_part(plan.PEAK_SIZE[settings.device])
     with _told():
         parts = [gemm_part(_gemm(shape)) for shape in shapes] if shapes else plan.gemm_parts(settings.device)
-    Run("gemm", settings, output, resume, commit).measure([peak, *parts])
+    Run("gemm", settings, output, resume, commit, overwrite).measure([peak, *parts])
 
 
 @app.command("step")
@@ -149,6 +158,7 @@ def measure_step(
     cuda_graphs: Graphs = None,
     profile: Profile = False,
     output: Output = None,
+    overwrite: Overwrite = False,
     resume: Resume = False,
     commit: Commit = None,
     threads: Threads = None,
@@ -161,7 +171,7 @@ def measure_step(
         modes = _modes(mode)
         parts = [step_part(case_of(name).changed(**sizes), names, modes) for name in models or CASES]
     peak = peak_part(plan.PEAK_SIZE[settings.device])
-    Run("step", settings, output, resume, commit).measure([peak, *parts])
+    Run("step", settings, output, resume, commit, overwrite).measure([peak, *parts])
 
 
 @app.command("pipeline")
@@ -179,6 +189,7 @@ def measure_pipeline(
     max_seconds: MaxSeconds = 120.0,
     scope: Scope = "",
     output: Output = None,
+    overwrite: Overwrite = False,
     commit: Commit = None,
     threads: Threads = None,
 ) -> None:
@@ -187,7 +198,7 @@ def measure_pipeline(
     sizes = dict(layers=layers, batch=batch, tokens=tokens, heads=heads, head_dim=head_dim, cfg=cfg)
     with _told():
         part = pipeline_part(case_of(model).changed(**sizes), steps)
-    Run("pipeline", settings, output, False, commit).measure([part])
+    Run("pipeline", settings, output, False, commit, overwrite).measure([part])
 
 
 @app.command("report")
@@ -200,6 +211,9 @@ def write_report(
     readme = readme or environment.CHECKOUT / "kernels" / "README.md"
     found, left_out = report.load_all(folder)
     with _told():
+        if not found:
+            reasons = "".join(f"; {name} {reason}" for name, reason in left_out.items())
+            raise ValueError(f"{folder} holds no results to report{reasons}: give --results a folder of results files")
         report.write_readme(readme, report.section(found, left_out))
         drawn = save_plot(found, folder / report.PLOT)
     typer.echo(f"written: {readme}" + (f", {folder / report.PLOT}" if drawn else " (no step measured: no plot)"))

@@ -35,8 +35,9 @@ def dot_product_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
     query: [B, H, N, D] float.   key: [B, H, L, D], value: [B, H, L, E], of the same dtype.   Returns [B, H, N, E].
     """
+    plain = query.ndim == 4 and value.shape == key.shape and key.shape[:2] == query.shape[:2] and key.shape[2] > 0
     two_products = query.dtype == torch.bfloat16 and query.device.type == "cpu" and _products_are_quicker()
-    if two_products and value.shape == key.shape and key.shape[2]:
+    if plain and two_products:
         return attention_bf16(query, key, value)
     return F.scaled_dot_product_attention(query, key, value)
 

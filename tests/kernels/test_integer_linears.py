@@ -261,9 +261,7 @@ def test_an_odd_n_is_announced(caplog: pytest.LogCaptureFixture, bits: int) -> N
         for n in (16, 17, 24):
             p = problem(3, 32, n=n, bits=bits)
             LAUNCHERS[bits](*p.args)
-    assert caplog.messages == [
-        f"linear_w{bits}a8: N is not a multiple of 16: values are stored one by one, slower"
-    ]
+    assert caplog.messages == [f"linear_w{bits}a8: N is not a multiple of 16: values are stored one by one, slower"]
 
 
 @pytest.mark.parametrize("values", [7, 40, 200])

@@ -97,8 +97,10 @@ def test_refuses_operands_that_do_not_fit(key, value):
         sdpa.attention_bf16(q, k if key is None else key, v if value is None else value)
 
 
-def test_no_keys_and_values_of_another_width_are_left_to_torch():
+def test_unusual_shapes_are_left_to_torch():
     q, k, v = operands(1, 2, 4, 5, 8)
+    assert dot_product_attention(q[0], k[0], v[0]).shape == (2, 4, 8)
+    assert dot_product_attention(q.expand(3, -1, -1, -1), k, v).shape == (3, 2, 4, 8)
     assert dot_product_attention(q, k, v[..., :6]).shape == (1, 2, 4, 6)
     assert dot_product_attention(q, k[:, :, :0], v[:, :, :0]).shape == (1, 2, 4, 8)
 
