@@ -103,6 +103,16 @@ class QuantizedWeight(NamedTuple):
         return dequantize(q, self.scale.to(dtype)[..., None], zero_point).view(self.integers.shape)
 
 
+def weight_ranges(
+    rows: Tensor, scheme: QuantScheme, search: RangeSearch, importance: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(scale fp32, zero_point int32), [R] each, of rows [R, n] of a weight.   importance: [R, n], for "output"."""
+    low, high = rows.amin(dim=1), rows.amax(dim=1)
+    if search == "minmax":
+        return affine_parameters(low, high, scheme)
+    return search_range(rows, low, high, scheme, importance if search == "output" else None)
+
+
 def quantize_weight(
     weight: Tensor, scheme: QuantScheme, search: RangeSearch = "minmax", importance: Tensor | None = None
 ) -> QuantizedWeight:
@@ -116,13 +126,9 @@ def quantize_weight(
     if k % size:
         raise ValueError(f"group_size must divide the {k} in_features, got {size}")
     parts = weight.float().reshape(-1, size)  # [N K / g, g]
-    low, high = parts.amin(dim=1), parts.amax(dim=1)
-    if search == "minmax":
-        scale, zero_point = affine_parameters(low, high, scheme)
-    else:
-        if importance is not None and search == "output":
-            importance = importance.to(parts).view(1, -1, size).expand(n, -1, -1).reshape(-1, size)
-        scale, zero_point = search_range(parts, low, high, scheme, importance if search == "output" else None)
+    if importance is not None:
+        importance = importance.to(parts).view(1, -1, size).expand(n, -1, -1).reshape(-1, size)
+    scale, zero_point = weight_ranges(parts, scheme, search, importance)
     q = quantize(parts, scale[:, None], zero_point[:, None], scheme).view(n, k)
     if scheme.granularity != "group":
         return QuantizedWeight(q, scale)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import diffusers_dq_kernels as ops
 from diffusers_dq import affine
 from diffusers_dq.affine import QuantizedWeight
+from diffusers_dq.gptq import quantize_weight_gptq
 from diffusers_dq.linear import InputRounding, LinearLayout, QuantizedLinear
 from diffusers_dq.planning import LinearPlan
 from diffusers_dq.scheme import QuantScheme
@@ -156,6 +157,10 @@ def _rounded(weight: Tensor, plan: LinearPlan) -> QuantizedWeight | None:
     if plan.weight_scheme is None:
         return None
     weight = weight.float()
+    if plan.moments is not None:
+        hessian = plan.moments.transformed(plan.chain, plan.boundaries if plan.corrects_output else None)
+        search = "minmax" if plan.search == "output" else plan.search
+        return quantize_weight_gptq(weight, hessian.to(weight.device), plan.weight_scheme, search)
     importance = None if plan.sample is None else _spread(plan).to(weight)
     rounded = affine.quantize_weight(weight, plan.weight_scheme, plan.search, importance)
     if plan.corrects_output and importance is not None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal
 
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
@@ -18,6 +18,7 @@ from diffusers_dq.methods import Method
 from diffusers_dq.methods.base import make_method
 
 FORMAT_VERSION = 1
+Rounding = Literal["nearest", "gptq"]
 
 
 class DQMethod(str, Enum):
@@ -35,6 +36,7 @@ class DQConfig(QuantizationConfigMixin):
     modules_to_not_convert: a module whose dotted name contains one of these strings stays as it is; None is the
         architecture's own list, [] converts every linear that the architecture's spec knows.
     overrides: {glob over module names: {"weight_bits": ..., "activation_bits": ...}}; the last match wins.
+    rounding: of weights: "nearest", or "gptq", which needs statistics with second_moments=True, for any method.
     quantize_attention: also round query, key, value and the probabilities of self-attention.
     statistics: path of a `Statistics` file, for methods that need calibration.
     options: the method's own, checked against its dataclass.
@@ -50,6 +52,7 @@ class DQConfig(QuantizationConfigMixin):
         modules_to_not_convert: Sequence[str] | None = None,
         overrides: Mapping[str, Mapping[str, int]] | None = None,
         quantize_attention: bool = False,
+        rounding: Rounding = "nearest",
         statistics: str | os.PathLike[str] | None = None,
         *,
         result: Mapping[str, Any] | None = None,
@@ -71,6 +74,7 @@ class DQConfig(QuantizationConfigMixin):
             )
         check_argument("method", method, str)
         check_argument("quantize_attention", quantize_attention, bool)
+        check_argument("rounding", rounding, Rounding)
         check_argument("statistics", statistics, str | os.PathLike | None)
         if not _is_list_of_strings(modules_to_not_convert):
             raise ValueError(f"modules_to_not_convert must be a list of strings, got {modules_to_not_convert!r}")
@@ -88,6 +92,7 @@ class DQConfig(QuantizationConfigMixin):
         self.modules_to_not_convert = None if modules_to_not_convert is None else list(modules_to_not_convert)
         self.overrides = {glob: dict(bits) for glob, bits in (overrides or {}).items()}
         self.quantize_attention = quantize_attention
+        self.rounding = rounding
         self.statistics = None if statistics is None else os.fspath(statistics)
         self.options = dict(options)
         self.result = None if result is None else copy.deepcopy(dict(result))
@@ -105,6 +110,10 @@ class DQConfig(QuantizationConfigMixin):
             self._overridden(Bits(self.weight_bits, self.activation_bits), bits)
         if self.quantize_attention and self.activation_bits == NOT_ROUNDED:
             raise ValueError("quantize_attention=True rounds to activation_bits, which is 16 (not rounded)")
+
+    def needs_statistics(self, method: Method) -> bool:
+        """Of the inputs of linears."""
+        return method.needs_statistics or self.rounding != "nearest"
 
     def make_method(self) -> Method:
         return make_method(self.method, self.options)

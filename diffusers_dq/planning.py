@@ -50,6 +50,39 @@ class InputSample:
 
 
 @dataclass(frozen=True)
+class InputMoments:
+    """Sums over all tokens of an input.   sums: [S, K], of x by step.   counts: [S].   products: [K, K], of x x^T."""
+
+    products: Tensor
+    sums: Tensor
+    counts: Tensor
+    timesteps: Tensor
+
+    def transformed(self, chain: Chain, centred: Boundaries | None = None) -> Tensor:
+        """sum u u^T of u = T_g(x), [K, K] fp64; with `centred` about the mean of u in each group of that partition.
+
+        u = (M x + a_g) R, so sum u u^T = R^T (M P M + sum_t (M s_t a_t^T + a_t s_t^T M + n_t a_t a_t^T)) R.
+        """
+        multiplier, offset = chain.as_affine(len(self.products))
+        offset = offset.expand(len(chain.boundaries) + 1, -1)[group_of(self.timesteps, chain.boundaries)]  # [S, K]
+        count = self.counts.double()[:, None]
+        sums = self.sums.double() * multiplier
+        cross = sums.T @ offset
+        total = (
+            self.products.double() * multiplier * multiplier[:, None] + cross + cross.T + offset.T @ (count * offset)
+        )
+        if centred is not None:
+            group = group_of(self.timesteps, centred)
+            for g in range(len(centred) + 1):
+                of_group = (sums + count * offset)[group == g].sum(0)
+                total -= torch.outer(of_group, of_group) / count[group == g].sum().clamp(min=1)
+        if chain.rotation is None:
+            return total
+        none = torch.zeros(1, dtype=torch.int64)
+        return chain.rotation.forward(chain.rotation.forward(total, none).T, none)
+
+
+@dataclass(frozen=True)
 class LinearPlan:
     """All that turns one nn.Linear into a QuantizedLinear.
 
@@ -57,7 +90,8 @@ class LinearPlan:
     chain: the change of its input.   online: made by the layer itself, not upstream, as its rotation always is.
     note: why, where it might be.
     rows: changes of its own output that groups downstream ask for, each with the partition of its offsets.
-    sample: of its input before the chain.   corrects_output: let bias and weight scales make up for the systematic
+    sample, moments: of its input before the chain; with moments the weight is rounded by GPTQ.
+    corrects_output: let bias and weight scales make up for the systematic
         part of the rounding error, as seen on the sample.
     """
 
@@ -69,6 +103,7 @@ class LinearPlan:
     input_range: InputRange | None = None
     search: affine.RangeSearch = "minmax"
     sample: InputSample | None = None
+    moments: InputMoments | None = None
     corrects_output: bool = False
     note: str = ""
 
@@ -153,7 +188,7 @@ def make_plan(
     if statistics is not None:
         statistics.check_model(model)
         statistics.check_finite()
-    elif method.needs_statistics:
+    elif config.needs_statistics(method):
         raise ValueError(f"method {config.method!r} with these options needs statistics: calibrate first")
     plans = {
         name: _first_plan(method, config.bits_of(name), _in_features(model, name), name in spec.weight_only)
@@ -162,13 +197,15 @@ def make_plan(
         if name not in kept
     }
     groups = [group for group in spec.groups if any(name in plans for name in group.linears)]
-    seen = statistics if method.needs_statistics else None
+    seen = statistics if config.needs_statistics(method) else None
     sites = [_site(model, group, plans, spec, seen) for group in groups]
     solution = method.solve(sites, None if seen is None else seen.timesteps)
     for group, site in zip(groups, sites, strict=True):
         _place(group, solution, site.weights[0].shape[1], config, plans)
         if site.statistics is not None and seen is not None:
             _use_statistics(group, site.statistics, seen.timesteps, method, solution, plans)
+            if config.rounding == "gptq":
+                _use_moments(group, site.statistics, seen.timesteps, plans)
     scales = _attention_scales(spec, config, statistics, method.range_search) if config.quantize_attention else {}
     return Plan(plans, kept, scales, config.activation_bits)
 
@@ -292,6 +329,15 @@ def _use_statistics(
             boundaries = method.range_boundaries(chain)
             found[scheme] = static_range(site, timesteps, chain, scheme, method.range_search, boundaries)
         plans[name] = replace(plans[name], input_range=found[scheme])
+
+
+def _use_moments(group: LinearGroup, site: SiteStatistics, timesteps: Tensor, plans: dict[str, LinearPlan]) -> None:
+    if site.products is None or site.sums is None or site.counts is None:
+        raise ValueError('rounding="gptq" needs sums of x x^T: calibrate with second_moments=True')
+    moments = InputMoments(site.products, site.sums, site.counts, timesteps)
+    for name in group.linears:
+        if name in plans:
+            plans[name] = replace(plans[name], moments=moments)
 
 
 def static_range(

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 FORMAT_VERSION = 1
 _FINGERPRINT_TENSORS = 256
 _SITE_TENSORS = ("min", "max", "tokens", "keys")
+_MOMENTS = ("sums", "counts", "products")
 
 
 @dataclass(frozen=True, repr=False)
@@ -27,6 +28,8 @@ class SiteStatistics:
 
     minimum, maximum: [S, K] fp32, over all tokens of all calls.   tokens: [S, R, K] bf16, a uniform sample.
     keys: [S, R] fp32, the sample's random priorities (to go on sampling).   linears: who reads it.
+    sums: [S, K] fp32, counts: [S] int64, products: [K, K] fp32: sum x and number of the tokens of each step, and
+        sum x x^T over all of them; None unless calibrated with second_moments=True.
     """
 
     linears: tuple[str, ...]
@@ -34,9 +37,15 @@ class SiteStatistics:
     maximum: Tensor
     tokens: Tensor
     keys: Tensor
+    sums: Tensor | None = None
+    counts: Tensor | None = None
+    products: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"min": self.minimum, "max": self.maximum, "tokens": self.tokens, "keys": self.keys}
+        always = {"min": self.minimum, "max": self.maximum, "tokens": self.tokens, "keys": self.keys}
+        if self.sums is None or self.counts is None or self.products is None:
+            return always
+        return always | {"sums": self.sums, "counts": self.counts, "products": self.products}
 
     @property
     def visited(self) -> Tensor:
@@ -122,12 +131,14 @@ class Statistics:
     def _from_parts(
         cls, path: str | os.PathLike[str], header: dict[str, Any], tensors: dict[str, Tensor]
     ) -> "Statistics":
-        expected = {"timesteps", "fingerprint"} | {f"{n}/{key}" for n in header["sites"] for key in _SITE_TENSORS}
+        moments = _MOMENTS if header["about"].get("second_moments") else ()
+        kinds = {name: _SITE_TENSORS + (moments if linears else ()) for name, linears in header["sites"].items()}
+        expected = {"timesteps", "fingerprint"} | {f"{name}/{key}" for name in kinds for key in kinds[name]}
         if expected != tensors.keys():
             odd = sorted(expected ^ tensors.keys())
             raise ValueError(f"{path} does not hold the tensors its header names; missing or extra: {odd[:5]}")
         sites = {
-            name: SiteStatistics(tuple(linears), *(tensors[f"{name}/{key}"] for key in _SITE_TENSORS))
+            name: SiteStatistics(tuple(linears), *(tensors[f"{name}/{key}"] for key in kinds[name]))
             for name, linears in header["sites"].items()
         }
         statistics = cls(tensors["timesteps"], sites, tensors["fingerprint"], header["about"])

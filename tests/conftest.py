@@ -39,7 +39,8 @@ def dit_statistics(dit_folder: Path) -> Any:
 
     import diffusers_dq as dq
 
-    return dq.calibrate(DiTPipeline.from_pretrained(dit_folder), CALLS, num_inference_steps=10, progress=False)
+    pipe = DiTPipeline.from_pretrained(dit_folder)
+    return dq.calibrate(pipe, CALLS, num_inference_steps=10, second_moments=True, progress=False)
 
 
 @pytest.fixture(scope="session")

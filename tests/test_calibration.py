@@ -364,3 +364,44 @@ def test_a_pipeline_with_two_denoisers_is_refused():
         calibrate(pipe)
     with pytest.raises(ValueError, match="two denoisers"):
         dq.quantize(pipe, dq.DQConfig("rtn"))
+
+
+def test_second_moments_are_sums_over_all_tokens():
+    """Of what each linear is given, told by hooks of our own."""
+    pipe, seen = tiny_pipeline(), []
+    name = "transformer_blocks.1.attn1.to_q"
+    handle = pipe.transformer.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    statistics = dq.calibrate(pipe, CALLS, num_inference_steps=3, second_moments=True, progress=False)
+    handle.remove()
+    site, steps = statistics.sites[name], len(statistics.timesteps)
+    tokens = [x.reshape(-1, x.shape[-1]).double() for x in seen]
+    assert len(tokens) == steps * len(CALLS)
+    assert site.counts.tolist() == [sum(len(x) for x in tokens[t::steps]) for t in range(steps)]
+    sums = torch.stack([sum(x.sum(0) for x in tokens[t::steps]) for t in range(steps)])
+    assert torch.allclose(site.sums.double(), sums, rtol=1e-5, atol=1e-3)  # fp32 sums of some hundred terms
+    assert torch.allclose(site.products.double(), sum(x.T @ x for x in tokens), rtol=1e-4, atol=1e-3)
+    assert statistics.sites[f"{name}:output"].products is None, "nothing asks for those"
+
+
+def test_second_moments_survive_saving_and_an_interruption(tmp_path):
+    arguments = dict(num_inference_steps=3, second_moments=True, progress=False)
+    whole = dq.calibrate(tiny_pipeline(), CALLS, **arguments)
+    whole.save(tmp_path / "s.safetensors")
+    read = dq.Statistics.load(tmp_path / "s.safetensors")
+    checkpoint = tmp_path / "c.safetensors"
+    pipe, calls = tiny_pipeline(), []
+
+    def interrupt(*_):
+        calls.append(1)
+        if len(calls) > 3:
+            raise KeyboardInterrupt
+
+    handle = pipe.transformer.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        dq.calibrate(pipe, CALLS, checkpoint=checkpoint, **arguments)
+    handle.remove()
+    resumed = dq.calibrate(pipe, CALLS, checkpoint=checkpoint, **arguments)
+    for name, site in whole.sites.items():
+        for key, tensor in site.tensors().items():
+            assert torch.equal(read.sites[name].tensors()[key], tensor)
+            assert torch.equal(resumed.sites[name].tensors()[key], tensor), (name, key)

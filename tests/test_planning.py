@@ -14,12 +14,12 @@ import diffusers_dq_kernels as ops
 from diffusers_dq import affine
 from diffusers_dq.config import DQConfig
 from diffusers_dq.linear import QuantizedLinear
-from diffusers_dq.planning import make_plan, static_range
+from diffusers_dq.planning import InputMoments, make_plan, static_range
 from diffusers_dq.scheme import QuantScheme
 from diffusers_dq.specs import spec_of
 from diffusers_dq.statistics import SiteStatistics, fingerprint_of
 from diffusers_dq.timesteps import group_of
-from diffusers_dq.transforms import Chain
+from diffusers_dq.transforms import Chain, Rotate, Scale, Shift
 
 STEPS = 10
 STATIC = QuantScheme(bits=8, granularity="tensor", symmetric=False)
@@ -143,3 +143,38 @@ def test_fused_projections_are_refused():
     pipe.transformer.transformer_blocks[0].attn1.fuse_projections()
     with pytest.raises(ValueError, match="call unfuse_qkv_projections"):
         dq.quantize(pipe, DQConfig("rtn"), progress=False)
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+@pytest.mark.parametrize("centred", [None, (), (250.0,), (150.0, 250.0)])
+def test_moments_of_any_chain_follow_from_those_of_the_input(rotated, centred):
+    """sum u u^T against the tokens themselves; about the means of groups where the bias takes care of them."""
+    generator = torch.Generator().manual_seed(0)
+    timesteps, boundaries, k = torch.tensor([400.0, 300.0, 200.0, 100.0]), (250.0,), 8
+    tokens = [torch.randn(n, k, generator=generator, dtype=torch.float64) + n for n in (3, 5, 4, 6)]
+    moments = InputMoments(
+        products=sum(x.T @ x for x in tokens),
+        sums=torch.stack([x.sum(0) for x in tokens]),
+        counts=torch.tensor([len(x) for x in tokens]),
+        timesteps=timesteps,
+    )
+    z, s = torch.randn(2, k, generator=generator).double(), torch.rand(k, generator=generator).double() + 0.5
+    chain = Chain((Shift(z), Scale(s)), boundaries, Rotate.random(k, seed=1) if rotated else None)
+    group = group_of(timesteps, boundaries)
+    u = [chain.forward(x[None], group[i : i + 1])[0] for i, x in enumerate(tokens)]
+    if centred is not None:
+        of_centre = group_of(timesteps, centred)
+        for g in set(of_centre.tolist()):
+            members = [i for i in range(4) if of_centre[i] == g]
+            mean = torch.cat([u[i] for i in members]).mean(0)
+            for i in members:
+                u[i] = u[i] - mean
+    expected = sum(x.T @ x for x in u)
+    assert torch.allclose(moments.transformed(chain, centred), expected, rtol=1e-10, atol=1e-9)
+
+
+def test_gptq_asks_for_second_moments(statistics):
+    with pytest.raises(ValueError, match="calibrate with second_moments=True"):
+        plan_of(statistics, method="rtn", rounding="gptq")
+    with pytest.raises(ValueError, match="needs statistics"):
+        plan_of(None, method="rtn", rounding="gptq")

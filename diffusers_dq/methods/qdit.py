@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Q-DiT (Chen et al., CVPR 2025): groups of input channels with scales of their own, in weights and activations.
 
-Weights are rounded to nearest: the paper's GPTQ, and its search for a group size a layer, are not here yet.
+The paper rounds weights by GPTQ: DQConfig(rounding="gptq"). Its search for a group size a layer is not here yet.
 """
 
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ class QDiT(Method):
     """Its activation ranges are found at run time, so it needs no calibration."""
 
     Options: ClassVar[type[MethodOptions]] = QDiTOptions
-    summary = "groups of input channels with ranges of their own, activations dynamic; without GPTQ and search so far"
+    summary = "groups of input channels with ranges of their own, activations dynamic; without the search so far"
     options: QDiTOptions
 
     @property
