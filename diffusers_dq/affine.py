@@ -36,6 +36,13 @@ def rounded(x: Tensor, scale: Tensor, zero_point: Tensor, scheme: QuantScheme) -
     return (x / scale).round_().clamp_(scheme.qmin - zero_point, scheme.qmax - zero_point).mul_(scale)
 
 
+def rounded_tokens(x: Tensor, bits: int) -> Tensor:
+    """x^ of x [..., K], each token by its own largest value, symmetric, as the kernels do at run time."""
+    scheme = QuantScheme(bits=bits, granularity="token", dynamic=True)
+    scale = (x.abs().amax(-1, keepdim=True) / scheme.qmax).clamp(min=torch.finfo(torch.float32).tiny)
+    return dequantize(quantize(x, scale, 0, scheme), scale)
+
+
 def affine_parameters(low: Tensor, high: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
     """(scale fp32 > 0, zero_point int32) that cover [low, high], of low's shape.
 

@@ -240,6 +240,7 @@ def _site(
 ) -> Site:
     """The group as its method sees it."""
     linears = [model.get_submodule(name) for name in group.linears if name in plans]
+    bits = [plans[name].bits for name in group.linears if name in plans]
     weight_only = spec.weight_only.issuperset(group.linears)
     return Site(
         name=group.name,
@@ -247,6 +248,7 @@ def _site(
         statistics=None if statistics is None else _statistics_of(group, statistics),
         transformable=not weight_only,
         has_producer=group.producer is not None,
+        bits=(min(of.weight for of in bits), min(of.activation for of in bits)),
     )
 
 

@@ -58,6 +58,7 @@ VARIANTS = {
         "group_size": 32,
     },
     "qdit-w4a16": {"method": "qdit", "weight_bits": 4, "activation_bits": 16, "group_size": 32},
+    "viditq-w4a8": {"method": "viditq", "weight_bits": 4},
     "qdit-gptq": QDIT | {"weight_bits": 4, "rounding": "gptq"},
     "htg-gptq": HTG | {"weight_bits": 4, "rounding": "gptq"},
     "ptq4dit-w4a8": {"method": "ptq4dit", "weight_bits": 4},

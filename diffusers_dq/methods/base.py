@@ -28,6 +28,7 @@ class Site:
     statistics: of the group's input, where the method needs them and the input is ever rounded.
     transformable: whether a change of its input can help: not where the input is never rounded.
     has_producer: whether something upstream could carry a change.
+    bits: of weight and input, the fewest of the group's linears; 16 is not rounded.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Site:
     statistics: SiteStatistics | None
     transformable: bool
     has_producer: bool
+    bits: tuple[int, int] = (8, 8)
 
     def weight_max(self) -> Tensor:
         """[K] fp32, max over the rows of all the weights of |W[:, k]|."""
