@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One linear from plan to layer: what rounding does to its output, and what makes up for it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from support import CALLS, rebuilt_with_chains, tiny_dit, tiny_pipeline
@@ -13,17 +15,17 @@ from diffusers_dq.statistics import SiteStatistics
 from diffusers_dq.timesteps import TimestepGroups, group_of
 from diffusers_dq.transforms import Chain, Scale, Shift
 
-STEPS, TOKENS, K, N = 6, 64, 32, 24
+STEPS, TOKENS, N = 6, 64, 24
 TIMESTEPS = torch.arange(STEPS).flip(0) * 100.0
 STATIC = QuantScheme(bits=8, granularity="tensor", symmetric=False)
 
 
-def case(weight_bits: int, online: bool = True, **changes):
+def case(weight_bits: int, online: bool = True, k: int = 32, **changes):
     """A linear, inputs x [S, R, K] with a drifting mean, and a plan that shifts and scales them in two groups."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(STEPS, TOKENS, K, generator=generator) + torch.arange(STEPS)[:, None, None]
+    x = torch.randn(STEPS, TOKENS, k, generator=generator) + torch.arange(STEPS)[:, None, None]
     x[..., 0] *= 20
-    linear = torch.nn.Linear(K, N)
+    linear = torch.nn.Linear(k, N)
     torch.nn.init.normal_(linear.weight, generator=generator)
     boundaries = (250.0,)
     group = group_of(TIMESTEPS, boundaries)
@@ -60,6 +62,19 @@ def test_a_quantized_linear_is_close_to_what_it_replaces(weight_bits, floor):
     expected = linear(x)
     error = run(linear, plan, x) - expected
     assert 10 * torch.log10(expected.square().mean() / error.square().mean()) > floor
+
+
+@pytest.mark.parametrize("boundaries", [(), (250.0,)], ids=["one range", "a range a group"])
+@pytest.mark.parametrize(("bits", "symmetric", "floor"), [(8, True, 35), (4, True, 17), (4, False, 17)])
+@torch.no_grad()
+def test_static_inputs_meet_weights_by_group(bits, symmetric, floor, boundaries):
+    """Input zero points against sums of the weight's groups, folded into the bias where one range serves all."""
+    scheme = QuantScheme(bits=bits, granularity="group", symmetric=symmetric, group_size=32)
+    linear, x, plan = case(bits, k=64, weight_scheme=scheme)
+    site = SiteStatistics((), x.amin(1), x.amax(1), x.bfloat16(), torch.zeros(STEPS, TOKENS))
+    found = static_range(site, TIMESTEPS, plan.chain, STATIC, "minmax", boundaries)
+    expected, output = linear(x), run(linear, replace(plan, input_range=found), x)
+    assert 10 * torch.log10(expected.square().mean() / (output - expected).square().mean()) > floor
 
 
 @pytest.mark.parametrize("search", ["minmax", "mse", "output"])
