@@ -18,6 +18,7 @@ from diffusers import (
 from diffusers_dq.config import DQConfig
 from diffusers_dq.conversion import Conversion
 from diffusers_dq.methods import Method, Solution
+from diffusers_dq.methods.base import MethodOptions
 from diffusers_dq.transforms import Chain
 
 
@@ -111,6 +112,7 @@ class Fixed(Method):
     """A method whose solution is given."""
 
     def __init__(self, chains: Mapping[str, Chain]) -> None:
+        super().__init__(MethodOptions())
         self.chains = chains
 
     needs_statistics = False

@@ -75,9 +75,9 @@ class Method(ABC):
         self.options = options
 
     @property
-    @abstractmethod
     def needs_statistics(self) -> bool:
         """Whether `solve` or static ranges need calibration."""
+        return True
 
     @abstractmethod
     def activation_scheme(self, bits: int, in_features: int) -> QuantScheme:
@@ -89,14 +89,16 @@ class Method(ABC):
 
     @property
     def range_search(self) -> RangeSearch:
-        """How static ranges of weights and activations are found."""
-        return "minmax"
+        """How static ranges of weights and activations are found: the option `search`, where a method has it."""
+        search: RangeSearch = getattr(self.options, "search", "minmax")
+        return search
 
     @property
     def corrects_output(self) -> bool:
         """Whether the systematic part of the error that rounding leaves in an output is made up for: its mean in each
-        timestep group by the bias, its share of the output itself by the weight scales."""
-        return False
+        timestep group by the bias, its share of the output itself by the weight scales. The option
+        `output_correction`, where a method has it."""
+        return bool(getattr(self.options, "output_correction", False))
 
     def range_boundaries(self, chain: Chain) -> tuple[float, ...]:
         """Timestep partition of the static activation ranges of a site with this chain; () for one range."""

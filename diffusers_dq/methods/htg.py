@@ -67,18 +67,6 @@ class HTG(Method):
     summary = "hierarchical timestep grouping: static activations, shifted a timestep group and scaled a channel"
     options: HTGOptions
 
-    @property
-    def needs_statistics(self) -> bool:
-        return True
-
-    @property
-    def range_search(self) -> RangeSearch:
-        return self.options.search
-
-    @property
-    def corrects_output(self) -> bool:
-        return self.options.output_correction
-
     def activation_scheme(self, bits: int, in_features: int) -> QuantScheme:
         return QuantScheme(bits=bits, granularity="tensor", symmetric=False)
 

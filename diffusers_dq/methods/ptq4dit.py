@@ -43,18 +43,6 @@ class PTQ4DiT(Method):
     )
     options: PTQ4DiTOptions
 
-    @property
-    def needs_statistics(self) -> bool:
-        return True
-
-    @property
-    def range_search(self) -> RangeSearch:
-        return self.options.search
-
-    @property
-    def corrects_output(self) -> bool:
-        return self.options.output_correction
-
     def activation_scheme(self, bits: int, in_features: int) -> QuantScheme:
         return QuantScheme(bits=bits, granularity="tensor", symmetric=False)
 

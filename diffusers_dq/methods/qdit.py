@@ -48,10 +48,6 @@ class QDiT(Method):
     def needs_statistics(self) -> bool:
         return False
 
-    @property
-    def range_search(self) -> RangeSearch:
-        return self.options.search
-
     def activation_scheme(self, bits: int, in_features: int) -> QuantScheme:
         size = fitting_group(in_features, self.options.group_size)
         if self.options.activations == "token" or size is None:

@@ -47,10 +47,6 @@ class QuaRot(Method):
     def needs_statistics(self) -> bool:
         return not self.options.dynamic
 
-    @property
-    def range_search(self) -> RangeSearch:
-        return self.options.search
-
     def activation_scheme(self, bits: int, in_features: int) -> QuantScheme:
         return token_or_tensor(bits, self.options.dynamic)
 

@@ -34,10 +34,6 @@ class RTN(Method):
     options: RTNOptions
 
     @property
-    def corrects_output(self) -> bool:
-        return self.options.output_correction
-
-    @property
     def needs_statistics(self) -> bool:
         return not self.options.dynamic
 

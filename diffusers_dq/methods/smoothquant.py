@@ -50,14 +50,6 @@ class SmoothQuant(Method):
     summary = "one scale a channel moves part of the activations' outliers into the weights"
     options: SmoothQuantOptions
 
-    @property
-    def needs_statistics(self) -> bool:
-        return True
-
-    @property
-    def range_search(self) -> RangeSearch:
-        return self.options.search
-
     def activation_scheme(self, bits: int, in_features: int) -> QuantScheme:
         return token_or_tensor(bits, self.options.dynamic)
 

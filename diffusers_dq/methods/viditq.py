@@ -61,10 +61,6 @@ class ViDiTQ(Method):
     summary = "static scaling, alpha searched a site, then a rotation; activations dynamic; no mixed precision so far"
     options: ViDiTQOptions
 
-    @property
-    def needs_statistics(self) -> bool:
-        return True
-
     def activation_scheme(self, bits: int, in_features: int) -> QuantScheme:
         return token_or_tensor(bits, dynamic=True)
 
