@@ -44,7 +44,7 @@ def build_linear(
     layout = LinearLayout(
         weight_bits=plan.bits.weight,
         activation_bits=plan.bits.activation,
-        rounding=_rounding(plan.scheme),
+        input_rounding=_input_rounding(plan.scheme),
         group_size=_group_size(plan),
         weight_zero_points="weight_zero_point" in tables,
         input_zero_points=plan.scheme is not None and plan.scheme.granularity == "group" and not plan.scheme.symmetric,
@@ -73,7 +73,7 @@ def build_linear(
     return layer
 
 
-def _rounding(scheme: QuantScheme | None) -> InputRounding | None:
+def _input_rounding(scheme: QuantScheme | None) -> InputRounding | None:
     if scheme is None:
         return None
     if not scheme.dynamic:

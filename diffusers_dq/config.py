@@ -36,7 +36,8 @@ class DQConfig(QuantizationConfigMixin):
     modules_to_not_convert: a module whose dotted name contains one of these strings stays as it is; None is the
         architecture's own list, [] converts every linear that the architecture's spec knows.
     overrides: {glob over module names: {"weight_bits": ..., "activation_bits": ...}}; the last match wins.
-    rounding: of weights: "nearest", or "gptq", which needs statistics with second_moments=True, for any method.
+    rounding: of weights: "nearest", or "gptq", which needs statistics with second_moments=True, for any method. GPTQ
+        weighs errors by the inputs itself: with it a method's search="output" takes weight ranges by min and max.
     quantize_attention: also round query, key, value and the probabilities of self-attention.
     statistics: path of a `Statistics` file, for methods that need calibration.
     options: the method's own, checked against its dataclass.

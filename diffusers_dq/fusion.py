@@ -129,7 +129,7 @@ def _dtype_between(x: Tensor) -> torch.dtype:
 def _rounds(linear: nn.Module) -> bool:
     if type(linear) is not QuantizedLinear or not _unhooked(linear):
         return False
-    return linear.layout.rounding in ("static", "token")
+    return linear.layout.input_rounding in ("static", "token")
 
 
 def _unhooked(module: nn.Module) -> bool:

@@ -50,8 +50,8 @@ class LinearLayout:
     """Which tensors a QuantizedLinear has and how it computes: all that must be known before its weights are.
 
     weight_bits, activation_bits: 16 is not rounded.
-    rounding: of the input: "static" by calibrated scales; "token", "tensor" or "group" by scales found at run time for
-        each token, the whole input, or each group of channels of each token; None where it is not rounded.
+    input_rounding: "static", by calibrated scales; "token", "tensor" or "group", by scales found at run time for each
+        token, the whole input, or each group of channels of each token; None where it is not rounded.
     group_size: input channels of a row of the weight, and with "group" of a token, that share a scale; 0 is all.
     weight_zero_points, input_zero_points: whether groups have them.
     bias_groups, range_groups, shift_groups: rows of the tables of biases, input scales and input shifts; 0 where there
@@ -62,7 +62,7 @@ class LinearLayout:
 
     weight_bits: int
     activation_bits: int
-    rounding: InputRounding | None = None
+    input_rounding: InputRounding | None = None
     group_size: int = 0
     weight_zero_points: bool = False
     input_zero_points: bool = False
@@ -76,11 +76,13 @@ class LinearLayout:
     def __post_init__(self) -> None:
         Bits(self.weight_bits, self.activation_bits)
         known = (None,) if self.activation_bits == NOT_ROUNDED else INPUT_ROUNDINGS
-        if self.rounding not in known:
+        if self.input_rounding not in known:
             raise ValueError(
-                f"rounding with activation_bits={self.activation_bits} must be one of {known}, got {self.rounding!r}"
+                f"input_rounding with activation_bits={self.activation_bits} must be one of {known},"
+                f" got {self.input_rounding!r}"
             )
-        if not self.group_size and (self.rounding == "group" or self.weight_zero_points or self.input_zero_points):
+        by_group = self.input_rounding == "group" or self.weight_zero_points or self.input_zero_points
+        if by_group and not self.group_size:
             raise ValueError("rounding by group and zero points of groups need a group_size")
         for name in ("group_size", "bias_groups", "range_groups", "shift_groups", "partition", "rotation_order"):
             if type(getattr(self, name)) is not int or getattr(self, name) < 0:
@@ -89,7 +91,9 @@ class LinearLayout:
             if type(getattr(self, name)) is not bool:
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
         if self.static != (self.range_groups > 0):
-            raise ValueError(f"range_groups is {self.range_groups} with rounding {self.rounding!r}: static has ranges")
+            raise ValueError(
+                f"range_groups is {self.range_groups} with input_rounding {self.input_rounding!r}: static has ranges"
+            )
         if self.weight_zero_points and self.weight_bits > 4:
             raise ValueError(f"weight_zero_points need 4-bit weights, got {self.weight_bits}: q - z must fit in int8")
 
@@ -110,12 +114,12 @@ class LinearLayout:
 
     @property
     def static(self) -> bool:
-        return self.rounding == "static"
+        return self.input_rounding == "static"
 
     @property
     def of_input(self) -> "LinearLayout":
         """What it says of the input alone: equal for linears that do the same to theirs."""
-        size = self.group_size if self.rounding == "group" else 0
+        size = self.group_size if self.input_rounding == "group" else 0
         return replace(self, weight_bits=8, bias_groups=0, group_size=size, weight_zero_points=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -336,9 +340,8 @@ class QuantizedLinear(nn.Linear):
         """The same while torch.compile traces, which carries Python attributes of intermediate tensors along.
 
         Not of those that an op put out in a tuple: two linears that read what `chunk` gives, as it is, break the graph
-        (torch 2.13). All who share read the tables of the first, unless an offloading hook has taken those
-        away. The last of them takes the attribute back, so that it does not outlive the graph on a tensor that came
-        from outside.
+        (torch 2.13). All who share read the tables of the first, unless an offloading hook has taken those away. The
+        last takes the attribute back, so that it does not outlive the graph on a tensor that came from outside.
         """
         first = self._first_reader[0] if self._first_reader else self
         kept = getattr(x, _ROUNDED, None)
@@ -395,9 +398,9 @@ class QuantizedLinear(nn.Linear):
         if self.layout.static:
             integers = ops.quantize_static(x, self.input_scale, self.input_zero_point, *transform)
             return RoundedInput(integers, None)
-        if self.layout.rounding == "token":
+        if self.layout.input_rounding == "token":
             return RoundedInput(*ops.quantize_dynamic(x, *transform))
-        if self.layout.rounding == "group":
+        if self.layout.input_rounding == "group":
             grouping = self.layout.group_size, not self.layout.input_zero_points
             return RoundedInput(*ops.quantize_grouped(x, *transform[:4], *grouping, *transform[4:]))
         return self._round_per_tensor(self._transform(x, group), group)
@@ -451,7 +454,7 @@ class QuantizedLinear(nn.Linear):
             zero_point = self._row(self.input_zero_point, group).expand(*integers.shape[:-1], groups)
         if self._folds_range:
             zero_point, bias = None, self.column_bias
-        if self.layout.rounding != "group":
+        if self.layout.input_rounding != "group":
             scale = scale[..., None]
         elif not self.layout.input_zero_points:
             zero_point = None

@@ -91,8 +91,8 @@ class LinearPlan:
     note: why, where it might be.
     rows: changes of its own output that groups downstream ask for, each with the partition of its offsets.
     sample, moments: of its input before the chain; with moments the weight is rounded by GPTQ.
-    corrects_output: let bias and weight scales make up for the systematic
-        part of the rounding error, as seen on the sample.
+    corrects_output: let bias and weight scales make up for the systematic part of the rounding error, as seen on the
+        sample.
     """
 
     weight_scheme: QuantScheme | None = None

@@ -126,11 +126,11 @@ def _attention_row(name: str, module: nn.Module, processor: QuantizedAttnProcess
 
 
 def _granularity(layout: LinearLayout) -> str:
-    if layout.rounding is None:
+    if layout.input_rounding is None:
         return "not rounded"
-    if layout.rounding == "group":
+    if layout.input_rounding == "group":
         return f"dynamic, {layout.group_size} channels"
-    return "static, a tensor" if layout.static else f"dynamic, a {layout.rounding}"
+    return "static, a tensor" if layout.static else f"dynamic, a {layout.input_rounding}"
 
 
 def op_of(layout: LinearLayout) -> str | None:

@@ -315,7 +315,7 @@ def test_config_json_says_what_was_done(saved):
     config = saved_config(saved["htg-w4a8"][0])
     expected = {"quant_method": "diffusers_dq", "method": "htg", "weight_bits": 4, "groups": 3, "format_version": 1}
     assert expected.items() <= config.items()
-    layout = {"weight_bits": 4, "activation_bits": 8, "rounding": "static"}
+    layout = {"weight_bits": 4, "activation_bits": 8, "input_rounding": "static"}
     layout |= {"bias_groups": 3, "range_groups": 1, "partition": 1}
     assert config["result"]["linears"][LINEAR] == layout
 

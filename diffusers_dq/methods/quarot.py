@@ -14,7 +14,7 @@ from torch import Tensor
 from diffusers_dq.affine import RangeSearch
 from diffusers_dq.methods.base import METHODS, Method, MethodOptions, Site, Solution, token_or_tensor
 from diffusers_dq.scheme import QuantScheme
-from diffusers_dq.transforms import Chain, Rotate
+from diffusers_dq.transforms import NOT_ROTATED, Chain, Rotate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,14 +54,9 @@ class QuaRot(Method):
         chains, notes = {}, {}
         for site in sites:
             if site.transformable:
-                rotation = self._rotation(site.weights[0].shape[1])
+                rotation = Rotate.random(site.weights[0].shape[1], self.options.seed, self.options.full_width)
                 if rotation is None:
-                    notes[site.name] = "not rotated: in_features is no multiple of 4"
+                    notes[site.name] = NOT_ROTATED
                 else:
                     chains[site.name] = Chain(rotation=rotation)
         return Solution(chains, notes)
-
-    def _rotation(self, channels: int) -> Rotate | None:
-        if self.options.full_width and Rotate.fits(channels):
-            return Rotate.random(channels, self.options.seed, full_width=True)
-        return Rotate.random(channels, self.options.seed)

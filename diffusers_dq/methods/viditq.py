@@ -27,7 +27,7 @@ from diffusers_dq.methods.base import (
     token_or_tensor,
 )
 from diffusers_dq.scheme import QuantScheme
-from diffusers_dq.transforms import Chain, Rotate, Scale
+from diffusers_dq.transforms import NOT_ROTATED, Chain, Rotate, Scale
 
 ALPHAS = tuple(i / 10 for i in range(11))
 _TOKENS = 256  # of a site's sample, in the search for alpha
@@ -66,19 +66,15 @@ class ViDiTQ(Method):
 
     def solve(self, sites: Sequence[Site], timesteps: Tensor | None) -> Solution:
         scaled = {site.name for site in sites_to_transform(sites, self.options.online)}
-        chains = {}
+        chains, notes, options = {}, {}, self.options
         for site in sites:
             if site.transformable:
-                rotation = self._rotation(site.weights[0].shape[1])
-                chain = self._balanced(site, rotation) if site.name in scaled else Chain(rotation=rotation)
-                chains[site.name] = chain
-        return Solution(chains)
-
-    def _rotation(self, channels: int) -> Rotate | None:
-        if not self.options.rotate:
-            return None
-        full_width = self.options.full_width and Rotate.fits(channels)
-        return Rotate.random(channels, self.options.seed, full_width)
+                channels = site.weights[0].shape[1]
+                rotation = Rotate.random(channels, options.seed, options.full_width) if options.rotate else None
+                chains[site.name] = self._balanced(site, rotation) if site.name in scaled else Chain(rotation=rotation)
+                if options.rotate and rotation is None:
+                    notes[site.name] = NOT_ROTATED
+        return Solution(chains, notes)
 
     def _balanced(self, site: Site, rotation: Rotate | None) -> Chain:
         steps = site.input_max()

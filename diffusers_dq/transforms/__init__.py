@@ -3,6 +3,6 @@
 
 from diffusers_dq.transforms.base import Chain, ChannelTransform, Transform
 from diffusers_dq.transforms.channel import Scale, Shift
-from diffusers_dq.transforms.rotation import Rotate
+from diffusers_dq.transforms.rotation import NOT_ROTATED, Rotate
 
-__all__ = ["Chain", "ChannelTransform", "Rotate", "Scale", "Shift", "Transform"]
+__all__ = ["NOT_ROTATED", "Chain", "ChannelTransform", "Rotate", "Scale", "Shift", "Transform"]

@@ -8,6 +8,8 @@ from torch import Tensor
 
 import diffusers_dq_kernels as ops
 
+NOT_ROTATED = "not rotated: in_features is no multiple of 4"
+
 
 @dataclass(frozen=True)
 class Rotate:
@@ -23,22 +25,16 @@ class Rotate:
     def random(cls, channels: int, seed: int, full_width: bool = False) -> "Rotate | None":
         """The same signs for the same seed and width, on every machine; None where no order divides `channels`.
 
-        Raises ValueError where `full_width` asks for an order that is not known.
+        full_width: with one matrix of all channels where there is one of that order, else in blocks.
         """
-        order = ops.rotation_order(channels, full_width)
+        try:
+            order = ops.rotation_order(channels, full_width)
+        except ValueError:
+            order = ops.rotation_order(channels)
         if order == 1:
             return None
         generator = torch.Generator().manual_seed(seed)
         return cls((2 * torch.randint(2, (channels,), generator=generator) - 1).to(torch.int8), order)
-
-    @staticmethod
-    def fits(channels: int) -> bool:
-        """Whether one matrix can rotate so many channels."""
-        try:
-            ops.rotation_order(channels, full_width=True)
-        except ValueError:
-            return False
-        return True
 
     def forward(self, x: Tensor, group: Tensor) -> Tensor:
         return ops.rotate(x, self.signs.to(x.device), self.order)
