@@ -11,13 +11,12 @@ from torch import Tensor
 
 from diffusers_dq.scheme import QuantScheme
 
-# "minmax" covers all; "mse" is Q-Diffusion's search; "output" is the same search, in which an error in a weight's
-# column counts by the size of the inputs it meets.
-RangeSearch = Literal["minmax", "mse", "output"]
+RangeSearch = Literal["minmax", "mse", "percentile", "output"]  # described in recipe.py
 
 SHRINK_STEPS = 80  # Q-Diffusion tries the ranges 1.00, 0.99, ... 0.21 of the full one,
 SHRINK_STEP = 0.01
 ERROR_POWER = 2.4  # and keeps the one with the least L2.4 error
+PERCENTILES = (0.999, 0.9999, 0.99999)  # of RepQ-ViT, which keeps the one with the least L2 error
 
 _CACHED_VALUES = 1 << 18  # searched at once: 80 passes over what a core's cache holds, not over memory
 
@@ -95,6 +94,21 @@ def _search_rows(
     return best_scale, best_zero
 
 
+def percentile_range(x: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
+    """(scale [R] fp32, zero_point [R] int32) a row of x [R, n]: of the ranges between its quantiles 1 - p and p, p in
+    PERCENTILES, the one of least squared error (RepQ-ViT, Li et al., ICCV 2023, as in its released code)."""
+    ordered = x.float().sort(dim=1).values
+    last = ordered.shape[1] - 1
+    places = [round(last * p) for p in PERCENTILES]
+    candidates = [affine_parameters(ordered[:, last - place], ordered[:, place], scheme) for place in places]
+    errors = torch.stack(
+        [(rounded(x.float(), s[:, None], z[:, None], scheme) - x).square().sum(1) for s, z in candidates]
+    )
+    best = errors.argmin(dim=0)[None]
+    scale, zero_point = (torch.stack(parts).gather(0, best)[0] for parts in zip(*candidates, strict=True))
+    return scale, zero_point
+
+
 class QuantizedWeight(NamedTuple):
     """integers: [N, K] int8.   scale: [N] fp32, or [N, K / g] by group.   zero_point: [N, K / g] int8 or None."""
 
@@ -117,6 +131,8 @@ def weight_ranges(
     low, high = rows.amin(dim=1), rows.amax(dim=1)
     if search == "minmax":
         return affine_parameters(low, high, scheme)
+    if search == "percentile":
+        return percentile_range(rows, scheme)
     return search_range(rows, low, high, scheme, importance if search == "output" else None)
 
 

@@ -158,12 +158,12 @@ def _rounded(weight: Tensor, plan: LinearPlan) -> QuantizedWeight | None:
         return None
     weight = weight.float()
     if plan.moments is not None:
-        hessian = plan.moments.transformed(plan.chain, plan.boundaries if plan.corrects_output else None)
-        search = "minmax" if plan.search == "output" else plan.search
+        hessian = plan.moments.transformed(plan.chain, plan.boundaries if plan.recipe.output_correction else None)
+        search = "minmax" if plan.recipe.search == "output" else plan.recipe.search
         return quantize_weight_gptq(weight, hessian.to(weight.device), plan.weight_scheme, search)
     importance = None if plan.sample is None else _spread(plan).to(weight)
-    rounded = affine.quantize_weight(weight, plan.weight_scheme, plan.search, importance)
-    if plan.corrects_output and importance is not None:
+    rounded = affine.quantize_weight(weight, plan.weight_scheme, plan.recipe.search, importance)
+    if plan.recipe.output_correction and importance is not None:
         gain = _gain(weight, rounded.dequantized(), importance)
         rounded = rounded._replace(scale=rounded.scale * (gain if rounded.scale.ndim == 1 else gain[:, None]))
     return rounded
@@ -184,7 +184,7 @@ def _spread(plan: LinearPlan) -> Tensor:
     """[K]: root mean square of each channel of u; about its mean in a group where the bias takes care of the mean."""
     assert plan.sample is not None
     u = plan.sample.transformed(plan.chain)
-    if plan.corrects_output:
+    if plan.recipe.output_correction:
         u = torch.cat([part - part.mean(dim=(0, 1)) for part in _by_group(u, plan)])
     return u.square().mean(dim=(0, 1)).sqrt()
 
@@ -204,7 +204,7 @@ def _bias_correction(
     W' [N, K] is the folded weight, W^ its rounded form, u^ the rounded input: added to the bias it removes the mean
     error of the output, that of clipping included.
     """
-    if not plan.corrects_output or plan.sample is None:
+    if not plan.recipe.output_correction or plan.sample is None:
         return None
     rounded = weight.dequantized(torch.float64)
     rows = []

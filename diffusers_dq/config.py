@@ -5,20 +5,23 @@ import copy
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from enum import Enum
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
+from diffusers_dq.affine import RangeSearch
 from diffusers_dq.checks import check_argument
 from diffusers_dq.linear import NOT_ROUNDED, Bits
 from diffusers_dq.methods import Method
 from diffusers_dq.methods.base import make_method
+from diffusers_dq.recipe import Recipe, Rounding
 
 FORMAT_VERSION = 1
-Rounding = Literal["nearest", "gptq"]
+_OVERRIDABLE = ("weight_bits", "activation_bits", "group_size")
 
 
 class DQMethod(str, Enum):
@@ -35,11 +38,12 @@ class DQConfig(QuantizationConfigMixin):
         so activation_bits=16 is weight-only, and 16 with 16 applies the method's transforms and rounds nothing.
     modules_to_not_convert: a module whose dotted name contains one of these strings stays as it is; None is the
         architecture's own list, [] converts every linear that the architecture's spec knows.
-    overrides: {glob over module names: {"weight_bits": ..., "activation_bits": ...}}; the last match wins.
-    rounding: of weights: "nearest", or "gptq", which needs statistics with second_moments=True, for any method. GPTQ
-        weighs errors by the inputs itself: with it a method's search="output" takes weight ranges by min and max.
+    overrides: {glob over module names: {"weight_bits": ..., "activation_bits": ..., "group_size": ...}}, any of the
+        three; the last match wins. What a search finds is written here (diffusers_dq/search).
     quantize_attention: also round query, key, value and the probabilities of self-attention.
     statistics: path of a `Statistics` file, for methods that need calibration.
+    group_size, rounding, search, output_correction: how weights are rounded, with any method; see Recipe. None is what
+        the method does by itself.
     options: the method's own, checked against its dataclass.
 
     Raises TypeError for an unknown option, ValueError for an unknown method or bits out of range.
@@ -53,9 +57,12 @@ class DQConfig(QuantizationConfigMixin):
         modules_to_not_convert: Sequence[str] | None = None,
         overrides: Mapping[str, Mapping[str, int]] | None = None,
         quantize_attention: bool = False,
-        rounding: Rounding = "nearest",
         statistics: str | os.PathLike[str] | None = None,
         *,
+        group_size: int | None = None,
+        rounding: Rounding | None = None,
+        search: RangeSearch | None = None,
+        output_correction: bool | None = None,
         result: Mapping[str, Any] | None = None,
         format_version: int = FORMAT_VERSION,
         quant_method: str = DQMethod.DIFFUSERS_DQ.value,
@@ -75,7 +82,6 @@ class DQConfig(QuantizationConfigMixin):
             )
         check_argument("method", method, str)
         check_argument("quantize_attention", quantize_attention, bool)
-        check_argument("rounding", rounding, Rounding)
         check_argument("statistics", statistics, str | os.PathLike | None)
         if not _is_list_of_strings(modules_to_not_convert):
             raise ValueError(f"modules_to_not_convert must be a list of strings, got {modules_to_not_convert!r}")
@@ -93,28 +99,45 @@ class DQConfig(QuantizationConfigMixin):
         self.modules_to_not_convert = None if modules_to_not_convert is None else list(modules_to_not_convert)
         self.overrides = {glob: dict(bits) for glob, bits in (overrides or {}).items()}
         self.quantize_attention = quantize_attention
+        self.group_size = group_size
         self.rounding = rounding
+        self.search = search
+        self.output_correction = output_correction
         self.statistics = None if statistics is None else os.fspath(statistics)
         self.options = dict(options)
         self.result = None if result is None else copy.deepcopy(dict(result))
         self._check()
 
     def _check(self) -> None:
-        self.make_method()
+        self.recipe_of("")  # raises where method, options or recipe are wrong
         Bits(self.weight_bits, self.activation_bits)
         for glob, bits in self.overrides.items():
-            unknown = set(bits) - {"weight_bits", "activation_bits"}
+            unknown = set(bits) - set(_OVERRIDABLE)
             if unknown:
-                raise ValueError(
-                    f"overrides[{glob!r}] sets {sorted(unknown)}; it may set weight_bits and activation_bits"
-                )
+                raise ValueError(f"overrides[{glob!r}] sets {sorted(unknown)}; it may set {', '.join(_OVERRIDABLE)}")
+            self.recipe_of(glob)
             self._overridden(Bits(self.weight_bits, self.activation_bits), bits)
         if self.quantize_attention and self.activation_bits == NOT_ROUNDED:
             raise ValueError("quantize_attention=True rounds to activation_bits, which is 16 (not rounded)")
 
-    def needs_statistics(self, method: Method) -> bool:
+    @property
+    def needs_statistics(self) -> bool:
         """Of the inputs of linears."""
-        return method.needs_statistics or self.rounding != "nearest"
+        return self.make_method().needs_statistics or self.recipe.needs_statistics
+
+    @property
+    def recipe(self) -> Recipe:
+        """The method's, with what this configuration changes."""
+        given = {field.name: getattr(self, field.name) for field in fields(Recipe)}
+        changed = {name: value for name, value in given.items() if value is not None}
+        return replace(self.make_method().recipe, **changed)
+
+    def recipe_of(self, module: str) -> Recipe:
+        recipe = self.recipe
+        for glob, override in self.overrides.items():
+            if "group_size" in override and fnmatchcase(module, glob):
+                recipe = replace(recipe, group_size=override["group_size"])
+        return recipe
 
     def make_method(self) -> Method:
         return make_method(self.method, self.options)
@@ -148,6 +171,17 @@ class DQConfig(QuantizationConfigMixin):
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         config = cls(**{**config_dict, **kwargs})
         return (config, {}) if return_unused_kwargs else config
+
+    @classmethod
+    def from_json_file(cls, path: str | os.PathLike[str]) -> "DQConfig":
+        """What `to_json_file` wrote. Raises FileNotFoundError, ValueError for a file that is no configuration."""
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is no JSON file ({error}); expected one from DQConfig.to_json_file") from error
+        if not isinstance(content, dict) or "method" not in content:
+            raise ValueError(f"{path} holds no quantization config: expected an object with a method")
+        return cls(**content)
 
     def __repr__(self) -> str:
         return f"DQConfig {json.dumps(self.to_diff_dict(), indent=2, sort_keys=True)}"

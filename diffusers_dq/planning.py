@@ -19,6 +19,7 @@ from diffusers_dq import affine, attention
 from diffusers_dq.config import Bits, DQConfig
 from diffusers_dq.linear import NOT_ROUNDED
 from diffusers_dq.methods import Method, Site, Solution
+from diffusers_dq.recipe import Recipe
 from diffusers_dq.scheme import QuantScheme
 from diffusers_dq.specs import LinearGroup, ModelSpec, RowUpdate, ValueProjection
 from diffusers_dq.statistics import SiteStatistics, Statistics
@@ -90,9 +91,7 @@ class LinearPlan:
     chain: the change of its input.   online: made by the layer itself, not upstream, as its rotation always is.
     note: why, where it might be.
     rows: changes of its own output that groups downstream ask for, each with the partition of its offsets.
-    sample, moments: of its input before the chain; with moments the weight is rounded by GPTQ.
-    corrects_output: let bias and weight scales make up for the systematic part of the rounding error, as seen on the
-        sample.
+    recipe: how the weight is rounded.   sample, moments: of its input before the chain.
     """
 
     weight_scheme: QuantScheme | None = None
@@ -101,10 +100,9 @@ class LinearPlan:
     online: bool = False
     rows: tuple[tuple[RowUpdate, Boundaries], ...] = ()
     input_range: InputRange | None = None
-    search: affine.RangeSearch = "minmax"
+    recipe: Recipe = Recipe()
     sample: InputSample | None = None
     moments: InputMoments | None = None
-    corrects_output: bool = False
     note: str = ""
 
     @property
@@ -188,25 +186,25 @@ def make_plan(
     if statistics is not None:
         statistics.check_model(model)
         statistics.check_finite()
-    elif config.needs_statistics(method):
+    elif config.needs_statistics:
         raise ValueError(f"method {config.method!r} with these options needs statistics: calibrate first")
     plans = {
-        name: _first_plan(method, config.bits_of(name), _in_features(model, name), name in spec.weight_only)
+        name: _first_plan(method, config, name, _in_features(model, name), name in spec.weight_only)
         for group in spec.groups
         for name in group.linears
         if name not in kept
     }
     groups = [group for group in spec.groups if any(name in plans for name in group.linears)]
-    seen = statistics if config.needs_statistics(method) else None
+    seen = statistics if config.needs_statistics else None
     sites = [_site(model, group, plans, spec, seen) for group in groups]
     solution = method.solve(sites, None if seen is None else seen.timesteps)
     for group, site in zip(groups, sites, strict=True):
         _place(group, solution, site.weights[0].shape[1], config, plans)
         if site.statistics is not None and seen is not None:
             _use_statistics(group, site.statistics, seen.timesteps, method, solution, plans)
-            if config.rounding == "gptq":
+            if config.recipe.rounding == "gptq":
                 _use_moments(group, site.statistics, seen.timesteps, plans)
-    scales = _attention_scales(spec, config, statistics, method.range_search) if config.quantize_attention else {}
+    scales = _attention_scales(spec, config, statistics) if config.quantize_attention else {}
     return Plan(plans, kept, scales, config.activation_bits)
 
 
@@ -221,14 +219,16 @@ def _refuse_adapters(model: nn.Module, spec: ModelSpec, kept: Mapping[str, str])
             )
 
 
-def _first_plan(method: Method, bits: Bits, in_features: int, weight_only: bool) -> LinearPlan:
-    weight = None if bits.weight == NOT_ROUNDED else method.weight_scheme(bits.weight, in_features)
-    plan = LinearPlan(weight, search=method.range_search)
+def _first_plan(method: Method, config: DQConfig, name: str, in_features: int, weight_only: bool) -> LinearPlan:
+    bits, recipe = config.bits_of(name), config.recipe_of(name)
+    size = recipe.group_size
+    weight = None if bits.weight == NOT_ROUNDED else method.weight_scheme(bits.weight, in_features, size)
+    plan = LinearPlan(weight, recipe=recipe)
     if bits.activation == NOT_ROUNDED:
         return plan
     if weight_only:
         return replace(plan, note="input is one vector a sample: weight only")
-    return replace(plan, scheme=method.activation_scheme(bits.activation, in_features))
+    return replace(plan, scheme=method.activation_scheme(bits.activation, in_features, size))
 
 
 def _site(
@@ -323,13 +323,13 @@ def _use_statistics(
     for name in group.linears:
         if name not in plans:
             continue
-        plans[name] = replace(plans[name], sample=sample, corrects_output=method.corrects_output)
+        plans[name] = replace(plans[name], sample=sample)
         scheme = plans[name].scheme
         if scheme is None or scheme.dynamic:
             continue
         if scheme not in found:
             boundaries = method.range_boundaries(chain)
-            found[scheme] = static_range(site, timesteps, chain, scheme, method.range_search, boundaries)
+            found[scheme] = static_range(site, timesteps, chain, scheme, plans[name].recipe.search, boundaries)
         plans[name] = replace(plans[name], input_range=found[scheme])
 
 
@@ -363,7 +363,12 @@ def static_range(
         else:
             rows = tokens[steps].flatten(0, 1)  # whole tokens: a stride over values would look at every n-th channel
             rows = rows[:: -(-rows.numel() // _MOST_VALUES)]
-            parameters.append(affine.search_range(rows.reshape(1, -1), *full, scheme))
+            values = rows.reshape(1, -1)
+            parameters.append(
+                affine.percentile_range(values, scheme)
+                if search == "percentile"
+                else affine.search_range(values, *full, scheme)
+            )
     scale, zero_point = (torch.cat(parts) for parts in zip(*parameters, strict=True))
     return InputRange(scale, zero_point, boundaries)
 
@@ -380,7 +385,7 @@ def _extremes(site: SiteStatistics, timesteps: Tensor, chain: Chain, tokens: Ten
 
 
 def _attention_scales(
-    spec: ModelSpec, config: DQConfig, statistics: Statistics | None, search: affine.RangeSearch
+    spec: ModelSpec, config: DQConfig, statistics: Statistics | None
 ) -> dict[str, dict[str, Tensor]]:
     """Attention module -> operand -> scale [1]."""
     if statistics is None:
@@ -393,6 +398,6 @@ def _attention_scales(
             if name not in statistics.sites:
                 raise ValueError(f"the statistics know nothing of {name}; calibrate the model again")
             scheme = attention.scheme(operand, config.activation_bits)
-            found = static_range(statistics.sites[name], statistics.timesteps, Chain(), scheme, search)
+            found = static_range(statistics.sites[name], statistics.timesteps, Chain(), scheme, config.recipe.search)
             scales.setdefault(site.module, {})[operand] = found.scale
     return scales

@@ -19,7 +19,7 @@ from diffusers_dq.statistics import Statistics
 
 def quantize(
     pipe_or_transformer: Any,
-    config: DQConfig | None = None,
+    config: DQConfig | str | os.PathLike[str] | None = None,
     *,
     statistics: Statistics | str | os.PathLike[str] | None = None,
     calls: Sequence[Call] | None = None,
@@ -29,7 +29,8 @@ def quantize(
 ) -> QuantizationReport:
     """Quantize the transformer of a pipeline, or a transformer, in place; report what each linear became.
 
-    config: may be left out for a model that was loaded *prepared*, which brings its own.
+    config: or the path of its JSON file (`config.to_json_file`), as searches save what they find. May be left out for
+        a model that was loaded *prepared*, which brings its own.
     statistics: from `dq.calibrate`, or their path; else the config's path, else what `dq.calibrate` left on a prepared
         model. With `calls` and `num_inference_steps` (as `dq.calibrate` takes them) it calibrates first.
 
@@ -37,8 +38,10 @@ def quantize(
     they are of another model; where the model is quantized already; where a skip string or override matches no linear.
     """
     model = denoiser(pipe_or_transformer)
+    if isinstance(config, str | os.PathLike):
+        config = DQConfig.from_json_file(config)
     if not isinstance(config, DQConfig | None):
-        raise ValueError(f"config must be a dq.DQConfig, got {config!r}")
+        raise ValueError(f"config must be a dq.DQConfig or the path of its JSON file, got {config!r}")
     if not isinstance(statistics, Statistics | str | os.PathLike | None):
         raise ValueError(f"statistics must be what dq.calibrate returned or the path of its file, got {statistics!r}")
     if statistics is not None and calls is not None:

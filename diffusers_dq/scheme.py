@@ -40,8 +40,8 @@ class QuantScheme:
                 f"group_size goes with granularity 'group' and with no other, got {self.group_size} with"
                 f" {self.granularity!r}"
             )
-        if self.group_size is not None and (self.group_size < 1 or self.group_size % GROUP_MULTIPLE):
-            raise ValueError(f"group_size must be a multiple of {GROUP_MULTIPLE}, got {self.group_size}")
+        if self.group_size is not None:
+            check_group_size(self.group_size)
 
     @property
     def qmin(self) -> int:
@@ -50,3 +50,14 @@ class QuantScheme:
     @property
     def qmax(self) -> int:
         return (1 << (self.bits - 1)) - 1
+
+
+def check_group_size(size: int) -> None:
+    if size < 1 or size % GROUP_MULTIPLE:
+        raise ValueError(f"group_size must be a multiple of {GROUP_MULTIPLE}, got {size}")
+
+
+def fitting_group(in_features: int, wanted: int) -> int | None:
+    """The largest group size up to `wanted` that the kernels take for this width; None where there is none."""
+    sizes = range(wanted - wanted % GROUP_MULTIPLE, 0, -GROUP_MULTIPLE)
+    return next((size for size in sizes if in_features % size == 0), None)

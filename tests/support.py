@@ -117,7 +117,7 @@ class Fixed(Method):
 
     needs_statistics = False
 
-    def activation_scheme(self, bits: int, in_features: int) -> Any:
+    def activation_scheme(self, bits: int, in_features: int, group_size: int) -> Any:
         raise NotImplementedError
 
     def solve(self, sites: Any, timesteps: Any) -> Solution:

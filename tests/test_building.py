@@ -10,6 +10,7 @@ from support import CALLS, rebuilt_with_chains, tiny_dit, tiny_pipeline
 import diffusers_dq as dq
 from diffusers_dq.building import build_linear
 from diffusers_dq.planning import InputSample, LinearPlan, static_range
+from diffusers_dq.recipe import Recipe
 from diffusers_dq.scheme import QuantScheme
 from diffusers_dq.statistics import SiteStatistics
 from diffusers_dq.timesteps import TimestepGroups, group_of
@@ -86,7 +87,7 @@ def test_correction_removes_the_mean_error_and_the_shrinkage(search):
     group = group_of(TIMESTEPS, (250.0,))
 
     def systematic(corrects: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        error = run(linear, case(4, search=search, corrects_output=corrects)[2], x) - expected
+        error = run(linear, case(4, recipe=Recipe(search=search, output_correction=corrects))[2], x) - expected
         mean = torch.stack([error[group == g].mean(dim=(0, 1)) for g in range(2)])
         centred = torch.cat([(expected - expected[group == g].mean(dim=(0, 1)))[group == g] for g in range(2)])
         parts = torch.cat([error[group == g] for g in range(2)])

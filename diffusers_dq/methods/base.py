@@ -12,10 +12,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from diffusers_dq.affine import RangeSearch
 from diffusers_dq.checks import check_fields
+from diffusers_dq.recipe import Recipe
 from diffusers_dq.registry import Registry
-from diffusers_dq.scheme import QuantScheme
+from diffusers_dq.scheme import QuantScheme, fitting_group
 from diffusers_dq.statistics import SiteStatistics
 from diffusers_dq.transforms import Chain
 
@@ -66,10 +66,14 @@ class MethodOptions:
 
 
 class Method(ABC):
-    """Subclasses set `Options` (a frozen keyword-only dataclass) and `summary`, and register under their name."""
+    """Subclasses set `Options` (a frozen keyword-only dataclass) and `summary`, and register under their name.
 
-    Options: ClassVar[type[MethodOptions]]
+    recipe: how weights are rounded unless the configuration says otherwise.
+    """
+
+    Options: ClassVar[type[MethodOptions]] = MethodOptions
     summary: ClassVar[str]
+    recipe: ClassVar[Recipe] = Recipe()
 
     def __init__(self, options: Any) -> None:
         self.options = options
@@ -80,25 +84,19 @@ class Method(ABC):
         return True
 
     @abstractmethod
-    def activation_scheme(self, bits: int, in_features: int) -> QuantScheme:
+    def activation_scheme(self, bits: int, in_features: int, group_size: int) -> QuantScheme:
         """How inputs of that many channels are rounded, for bits <= 8."""
 
-    def weight_scheme(self, bits: int, in_features: int) -> QuantScheme:
-        """How weights of that many columns are rounded, for bits <= 8."""
-        return QuantScheme(bits=bits, granularity="channel")
+    def weight_scheme(self, bits: int, in_features: int, group_size: int) -> QuantScheme:
+        """How weights of that many columns are rounded, for bits <= 8.
 
-    @property
-    def range_search(self) -> RangeSearch:
-        """How static ranges of weights and activations are found: the option `search`, where a method has it."""
-        search: RangeSearch = getattr(self.options, "search", "minmax")
-        return search
-
-    @property
-    def corrects_output(self) -> bool:
-        """Whether the systematic part of the error that rounding leaves in an output is made up for: its mean in each
-        timestep group by the bias, its share of the output itself by the weight scales. The option
-        `output_correction`, where a method has it."""
-        return bool(getattr(self.options, "output_correction", False))
+        group_size: as in Recipe. Groups of 4-bit weights have zero points; of more bits they cannot, the kernels
+        multiply weight - zero point as int8.
+        """
+        size = fitting_group(in_features, group_size)
+        if size is None:
+            return QuantScheme(bits=bits, granularity="channel")
+        return QuantScheme(bits=bits, granularity="group", symmetric=bits > 4, group_size=size)
 
     def range_boundaries(self, chain: Chain) -> tuple[float, ...]:
         """Timestep partition of the static activation ranges of a site with this chain; () for one range."""

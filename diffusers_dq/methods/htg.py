@@ -4,6 +4,8 @@
 Shift each channel to its middle, one shift a group of similar timesteps; scale channels by an average over the steps;
 fold both into what comes before and after; then round, weights a channel and activations a tensor. Notation as in the
 paper: T steps from T (noisiest) to 1, z_t the shift of a step, G groups, s the scale.
+
+The recipe is not the paper's: it searches ranges by "mse" and corrects nothing (presets.py).
 """
 
 from collections.abc import Sequence
@@ -13,9 +15,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from diffusers_dq.affine import RangeSearch
 from diffusers_dq.balancing import balance
 from diffusers_dq.methods.base import METHODS, Method, MethodOptions, Site, Solution, sites_to_transform
+from diffusers_dq.recipe import Recipe
 from diffusers_dq.scheme import QuantScheme
 from diffusers_dq.timesteps import Boundaries, Linkage, boundaries_of, group_of, partition
 from diffusers_dq.transforms import Chain, Scale, Shift
@@ -30,13 +32,6 @@ class HTGOptions(MethodOptions):
     ema: alpha of Eq. 7.   ema_steps: the T that alpha is meant for; with another T it becomes alpha^(ema_steps / T),
         so that the first step keeps its weight. None is the paper's literal form, the same alpha for every T.
     ranges: "model", one activation range for all timesteps, or "group", one a timestep group.
-    search: ranges of the least L2.4 error among 80 shrunken ones: "mse" as Q-Diffusion and so the paper find them;
-        "output", where an error in a weight's column counts by the size of the inputs it meets, which s has made
-        unequal; or "minmax".
-    output_correction: let the grouped bias take up the mean error that rounding and clipping leave in an output, and
-        the weight scales the shrinkage. Not in the paper; it costs nothing at run time. search="mse" with
-        output_correction=False is what the paper describes; with linkage="ward", scope="layer", ema_steps=None and
-        quantize_attention=True beside it, to the letter.
     online: also transform inputs that nothing upstream can carry (fc2), in the quantize step; None does so only for
         an architecture of which no producer is known.
     """
@@ -47,8 +42,6 @@ class HTGOptions(MethodOptions):
     ema: float = 0.99
     ema_steps: int | None = 100
     ranges: Literal["model", "group"] = "model"
-    search: RangeSearch = "output"
-    output_correction: bool = True
     online: bool | None = None
 
     def __post_init__(self) -> None:
@@ -65,9 +58,10 @@ class HTGOptions(MethodOptions):
 class HTG(Method):
     Options: ClassVar[type[MethodOptions]] = HTGOptions
     summary = "hierarchical timestep grouping: static activations, shifted a timestep group and scaled a channel"
+    recipe = Recipe(search="output", output_correction=True)
     options: HTGOptions
 
-    def activation_scheme(self, bits: int, in_features: int) -> QuantScheme:
+    def activation_scheme(self, bits: int, in_features: int, group_size: int) -> QuantScheme:
         return QuantScheme(bits=bits, granularity="tensor", symmetric=False)
 
     def range_boundaries(self, chain: Chain) -> Boundaries:

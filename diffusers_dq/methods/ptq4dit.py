@@ -12,9 +12,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from diffusers_dq.affine import RangeSearch
 from diffusers_dq.balancing import balance, spearman
 from diffusers_dq.methods.base import METHODS, Method, MethodOptions, Site, Solution, sites_to_transform
+from diffusers_dq.recipe import Recipe
 from diffusers_dq.scheme import QuantScheme
 from diffusers_dq.transforms import Chain, Scale
 
@@ -23,15 +23,11 @@ from diffusers_dq.transforms import Chain, Scale
 class PTQ4DiTOptions(MethodOptions):
     """calibrate_salience: weigh timesteps by Spearman's rho (SSC, the paper's section 4.2); False takes the largest
         input over all steps, which is CSB alone.
-    search: of ranges: the paper follows Q-Diffusion, "mse"; see HTG for the others.
-    output_correction: as for HTG, and as there no part of the paper.
     online: also balance inputs that nothing upstream can carry (fc2), in the quantize step; None does so only for an
         architecture of which no producer is known.
     """
 
     calibrate_salience: bool = True
-    search: RangeSearch = "mse"
-    output_correction: bool = False
     online: bool | None = None
 
 
@@ -41,9 +37,10 @@ class PTQ4DiT(Method):
     summary = (
         "channel-wise salience balancing over timesteps, static activations; without AdaRound reconstruction so far"
     )
+    recipe = Recipe(search="mse")
     options: PTQ4DiTOptions
 
-    def activation_scheme(self, bits: int, in_features: int) -> QuantScheme:
+    def activation_scheme(self, bits: int, in_features: int, group_size: int) -> QuantScheme:
         return QuantScheme(bits=bits, granularity="tensor", symmetric=False)
 
     def solve(self, sites: Sequence[Site], timesteps: Tensor | None) -> Solution:

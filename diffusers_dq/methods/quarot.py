@@ -11,7 +11,6 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from diffusers_dq.affine import RangeSearch
 from diffusers_dq.methods.base import METHODS, Method, MethodOptions, Site, Solution, token_or_tensor
 from diffusers_dq.scheme import QuantScheme
 from diffusers_dq.transforms import NOT_ROTATED, Chain, Rotate
@@ -19,22 +18,16 @@ from diffusers_dq.transforms import NOT_ROTATED, Chain, Rotate
 
 @dataclass(frozen=True, kw_only=True)
 class QuaRotOptions(MethodOptions):
-    """full_width: rotate all channels with one matrix, where an order fits, 1152 = 36 x 32, not in
-        blocks of up to 256.
+    """full_width: rotate all channels with one matrix, where an order fits (1152 = 36 x 32), not in blocks of up to
+        256.
     seed: of the signs.   dynamic: activation scales a token at run time, else static ones a tensor, which need
         calibration. Their range is that of the 8 tokens a step that calibration keeps, not of all of them: extremes of
-        channels say nothing of what is mixed from them.   search: of static ranges and weights; see HTG.
+        channels say nothing of what is mixed from them.
     """
 
     full_width: bool = False
     seed: int = 0
     dynamic: bool = True
-    search: RangeSearch = "minmax"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.search == "output" and self.dynamic:
-            raise ValueError("search='output' needs dynamic=False: it weighs errors by statistics of the input")
 
 
 @METHODS.register("quarot")
@@ -47,7 +40,7 @@ class QuaRot(Method):
     def needs_statistics(self) -> bool:
         return not self.options.dynamic
 
-    def activation_scheme(self, bits: int, in_features: int) -> QuantScheme:
+    def activation_scheme(self, bits: int, in_features: int, group_size: int) -> QuantScheme:
         return token_or_tensor(bits, self.options.dynamic)
 
     def solve(self, sites: Sequence[Site], timesteps: Tensor | None) -> Solution:

@@ -12,19 +12,15 @@ from diffusers_dq.scheme import QuantScheme
 class RTNOptions(MethodOptions):
     """dynamic: activation scales found at run time; no calibration is needed then.
     granularity: "token" or "tensor", what shares an activation scale; None is "token" if dynamic, else "tensor".
-    output_correction: of static activations: let biases and weight scales take up the systematic rounding error.
     """
 
     dynamic: bool = True
     granularity: Literal["token", "tensor"] | None = None
-    output_correction: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.granularity == "token" and not self.dynamic:
             raise ValueError("granularity='token' needs dynamic=True: a static scale cannot know the tokens to come")
-        if self.output_correction and self.dynamic:
-            raise ValueError("output_correction=True needs dynamic=False: it is worked out from statistics")
 
 
 @METHODS.register("rtn")
@@ -37,7 +33,7 @@ class RTN(Method):
     def needs_statistics(self) -> bool:
         return not self.options.dynamic
 
-    def activation_scheme(self, bits: int, in_features: int) -> QuantScheme:
+    def activation_scheme(self, bits: int, in_features: int, group_size: int) -> QuantScheme:
         dynamic = self.options.dynamic
         granularity = self.options.granularity or ("token" if dynamic else "tensor")
         return QuantScheme(bits=bits, granularity=granularity, symmetric=dynamic, dynamic=dynamic)

@@ -7,7 +7,6 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from diffusers_dq.affine import RangeSearch
 from diffusers_dq.balancing import balance
 from diffusers_dq.methods.base import (
     METHODS,
@@ -26,14 +25,12 @@ from diffusers_dq.transforms import Chain, Scale
 class SmoothQuantOptions(MethodOptions):
     """alpha: how much of the input's outliers the weight takes over, 0 to 1 (Eq. 4; the paper's 0.5).
     dynamic: activation scales a token at run time (the paper's O1), else static ones a tensor (O3).
-    search: of static ranges and weights; see HTG.
     online: also scale inputs that nothing upstream can carry, in the quantize step; None does so only for an
         architecture of which no producer is known.
     """
 
     alpha: float = 0.5
     dynamic: bool = True
-    search: RangeSearch = "minmax"
     online: bool | None = None
 
     def __post_init__(self) -> None:
@@ -50,7 +47,7 @@ class SmoothQuant(Method):
     summary = "one scale a channel moves part of the activations' outliers into the weights"
     options: SmoothQuantOptions
 
-    def activation_scheme(self, bits: int, in_features: int) -> QuantScheme:
+    def activation_scheme(self, bits: int, in_features: int, group_size: int) -> QuantScheme:
         return token_or_tensor(bits, self.options.dynamic)
 
     def solve(self, sites: Sequence[Site], timesteps: Tensor | None) -> Solution:

@@ -61,7 +61,7 @@ class ViDiTQ(Method):
     summary = "static scaling, alpha searched a site, then a rotation; activations dynamic; no mixed precision so far"
     options: ViDiTQOptions
 
-    def activation_scheme(self, bits: int, in_features: int) -> QuantScheme:
+    def activation_scheme(self, bits: int, in_features: int, group_size: int) -> QuantScheme:
         return token_or_tensor(bits, dynamic=True)
 
     def solve(self, sites: Sequence[Site], timesteps: Tensor | None) -> Solution:

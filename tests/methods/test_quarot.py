@@ -30,8 +30,3 @@ def test_what_cannot_be_rotated_is_said():
 def test_an_input_that_is_never_rounded_is_not_rotated(full_width):
     solution = solve(site(1152, transformable=False), full_width=full_width)
     assert not solution.chains and not solution.notes
-
-
-def test_search_by_output_needs_statistics():
-    with pytest.raises(ValueError, match="search='output' needs dynamic=False"):
-        METHODS["quarot"].Options(search="output")
