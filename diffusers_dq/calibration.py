@@ -5,7 +5,7 @@ import inspect
 import os
 import weakref
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,8 @@ from tqdm.auto import tqdm
 
 from diffusers_dq.attention import sample_probabilities
 from diffusers_dq.checks import check_argument
-from diffusers_dq.denoise import Call, check_calls, denoiser, quiet, run_call, watching_timestep
+from diffusers_dq.denoise import Call, argument_names, check_calls, denoiser, quiet, run_call, watching_timestep
+from diffusers_dq.model_inputs import ModelInput, capture, places
 from diffusers_dq.observers import StepObserver
 from diffusers_dq.specs import SPECS, AttentionSite, spec_of
 from diffusers_dq.statistics import SiteStatistics, Statistics, check_writable, fingerprint_of, not_finite
@@ -32,6 +33,7 @@ def calibrate(
     num_inference_steps: int,
     seed: int = 0,
     second_moments: bool = False,
+    samples: int = 32,
     progress: bool = True,
     checkpoint: str | os.PathLike[str] | None = None,
 ) -> Statistics:
@@ -42,6 +44,8 @@ def calibrate(
     num_inference_steps: the steps S of each call. Inference may take another number, and another scheduler.
     second_moments: also sum x x^T over all tokens that a linear reads, for `DQConfig(rounding="gptq")`: 4 K^2 bytes
         for each such activation, 2.9 GB for DiT-XL/2.
+    samples: denoising steps, evenly spread over schedule and calls, of which the transformer's whole input is kept
+        (latents, embeddings), for reconstruction, searches and noise correction.
     checkpoint: a file written after each call. The same function call again resumes behind the last whole call there;
         it raises ValueError when the file belongs to another run.
 
@@ -57,6 +61,9 @@ def calibrate(
     check_argument("num_inference_steps", num_inference_steps, int)
     check_argument("seed", seed, int)
     check_argument("second_moments", second_moments, bool)
+    check_argument("samples", samples, int)
+    if samples < 0:
+        raise ValueError(f"samples must be at least 0, got {samples}")
     if checkpoint is not None:
         check_writable(checkpoint)
     if num_inference_steps < 1:
@@ -64,8 +71,10 @@ def calibrate(
     transformer = denoiser(pipe)
     if getattr(transformer, "is_quantized", False):
         raise ValueError("the transformer is quantized already; calibrate the full-precision model")
-    recorder = _Recorder(transformer, seed, second_moments)
-    about = _about(pipe, transformer, calls, num_inference_steps, seed) | {"second_moments": second_moments}
+    kept = places(samples, len(calls), num_inference_steps)
+    recorder = _Recorder(transformer, seed, second_moments, kept)
+    about = _about(pipe, transformer, calls, num_inference_steps, seed)
+    about |= {"second_moments": second_moments, "samples": samples}
     done = recorder.resume(checkpoint, about) if checkpoint is not None else 0
 
     bar = tqdm(
@@ -161,25 +170,41 @@ def _step_progress(
 class _Recorder:
     """Owns the observers and every hook that feeds them."""
 
-    def __init__(self, model: nn.Module, seed: int, second_moments: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, seed: int, second_moments: bool = False, kept: Collection[tuple[int, int]] = ()
+    ) -> None:
         self.model = model
         self.seed = seed
         self.second_moments = second_moments
+        self.kept = kept
+        self.samples: list[ModelInput] = []
         self.timesteps: list[float] = []
         self.descending = True
         self.observers: dict[str, StepObserver] = {}
         self.linears: dict[str, tuple[str, ...]] = {}
         self.call = 0
         self._step = 0
+        self._visited: list[int] = []  # steps of this call so far
         self._seen: dict[int, tuple[weakref.ref[Tensor], str]] = {}
 
     @contextmanager
     def attached(self) -> Iterator[None]:
         with ExitStack() as stack:
             stack.enter_context(watching_timestep(self.model, self._on_forward))
+            stack.callback(self._register_sampling().remove)
             for handle in self._register_hooks():
                 stack.callback(handle.remove)
             yield
+
+    def _register_sampling(self) -> Any:
+        """Runs after `_on_forward`."""
+        names = argument_names(self.model)
+
+        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if (self.call, self._visited.index(self._step)) in self.kept:
+                self.samples.append(capture(names, args, kwargs))
+
+        return self.model.register_forward_pre_hook(keep, with_kwargs=True)
 
     def _register_hooks(self) -> Iterator[Any]:
         if SPECS.get(type(self.model).__name__) is None:
@@ -240,6 +265,8 @@ class _Recorder:
         if timestep not in self.timesteps:
             self.timesteps.append(timestep)
         self._step = self.timesteps.index(timestep)
+        if self._step not in self._visited:
+            self._visited.append(self._step)
 
     def _observe(self, site: str, x: Tensor) -> None:
         if site not in self.observers:
@@ -253,6 +280,7 @@ class _Recorder:
 
     def start_call(self, call: int) -> None:
         self.call = call
+        self._visited = []
         for observer in self.observers.values():
             observer.start_call(call)
 
@@ -265,7 +293,7 @@ class _Recorder:
             observer.pad_to(len(timesteps))
             tensors = (tensor[order] for tensor in observer.to_tensors().values())
             sites[name] = replace(SiteStatistics(self.linears[name], *tensors), products=observer.products)
-        return Statistics(timesteps[order], sites, fingerprint_of(self.model), about)
+        return Statistics(timesteps[order], sites, fingerprint_of(self.model), about, tuple(self.samples))
 
     def check_finite(self) -> None:
         """Raises ValueError that names the first step, and in it the first site, that received no numbers."""
@@ -288,6 +316,7 @@ class _Recorder:
                     f" {value!r}. Give the same arguments to resume, or another checkpoint path to start anew"
                 )
         self.timesteps, self.descending = saved.timesteps.tolist(), saved.descending
+        self.samples = list(saved.samples)
         for name, site in saved.sites.items():
             self.linears[name] = site.linears
             self.observers[name] = self._observer(name)

@@ -44,6 +44,11 @@ def denoiser(pipe_or_model: Any) -> ModelMixin:
     raise ValueError(f"expected a diffusers pipeline or transformer, got {type(pipe_or_model).__name__}")
 
 
+def argument_names(model: nn.Module) -> list[str]:
+    """Of the forward of the model's class, in order."""
+    return [name for name in inspect.signature(type(model).forward).parameters if name != "self"]
+
+
 @dataclass(frozen=True)
 class TimestepArgument:
     """Where a model's forward takes its timestep; read without `inspect`, so that torch.compile can trace it."""
@@ -53,7 +58,7 @@ class TimestepArgument:
 
     @classmethod
     def of(cls, model: nn.Module) -> "TimestepArgument":
-        names = [name for name in inspect.signature(type(model).forward).parameters if name != "self"]
+        names = argument_names(model)
         for position, name in enumerate(names):
             if name in _TIMESTEP_NAMES:
                 return cls(name, position)

@@ -16,6 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from diffusers_dq.model_inputs import ModelInput, pack, unpack
+
 FORMAT_VERSION = 1
 _FINGERPRINT_TENSORS = 256
 _SITE_TENSORS = ("min", "max", "tokens", "keys")
@@ -61,12 +63,14 @@ class Statistics:
     sites: by name; a LinearGroup's is its first linear, an attention operand's is `<linear>:output`.
     fingerprint: a sample of the weights, by which the checkpoint is known again (see `fingerprint_of`).
     about: JSON-able facts: model class, seed, number of steps and calls, scheduler, versions.
+    samples: whole inputs of some forwards, evenly spread over the steps (model_inputs.py).
     """
 
     timesteps: Tensor
     sites: Mapping[str, SiteStatistics]
     fingerprint: Tensor
     about: Mapping[str, Any] = field(default_factory=dict)
+    samples: tuple[ModelInput, ...] = ()
 
     def __repr__(self) -> str:
         about = f"{self.about.get('model_class')}, {len(self.timesteps)} timesteps, {len(self.sites)} sites"
@@ -86,8 +90,11 @@ class Statistics:
         tensors = {"timesteps": self.timesteps, "fingerprint": self.fingerprint}
         for name, site in self.sites.items():
             tensors |= {f"{name}/{key}": value.contiguous() for key, value in site.tensors().items()}
+        structures, of_samples = pack(self.samples)
+        tensors |= of_samples
         header = {
             "format_version": FORMAT_VERSION,
+            "samples": structures,
             "about": dict(self.about),
             "sites": {name: list(site.linears) for name, site in self.sites.items()},
         }
@@ -134,14 +141,21 @@ class Statistics:
         moments = _MOMENTS if header["about"].get("second_moments") else ()
         kinds = {name: _SITE_TENSORS + (moments if linears else ()) for name, linears in header["sites"].items()}
         expected = {"timesteps", "fingerprint"} | {f"{name}/{key}" for name in kinds for key in kinds[name]}
-        if expected != tensors.keys():
-            odd = sorted(expected ^ tensors.keys())
+        try:
+            samples = unpack(header.get("samples", []), tensors)
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path} does not hold the samples its header names ({error!r}); calibrate again"
+            ) from None
+        of_sites = {key for key in tensors if not key.startswith("samples/")}
+        if expected != of_sites:
+            odd = sorted(expected ^ of_sites)
             raise ValueError(f"{path} does not hold the tensors its header names; missing or extra: {odd[:5]}")
         sites = {
             name: SiteStatistics(tuple(linears), *(tensors[f"{name}/{key}"] for key in kinds[name]))
             for name, linears in header["sites"].items()
         }
-        statistics = cls(tensors["timesteps"], sites, tensors["fingerprint"], header["about"])
+        statistics = cls(tensors["timesteps"], sites, tensors["fingerprint"], header["about"], samples)
         steps = len(statistics.timesteps)
         for name, site in sites.items():
             if site.minimum.shape != site.maximum.shape or len(site.minimum) != steps or len(site.tokens) != steps:
