@@ -35,13 +35,6 @@ def rounded(x: Tensor, scale: Tensor, zero_point: Tensor, scheme: QuantScheme) -
     return (x / scale).round_().clamp_(scheme.qmin - zero_point, scheme.qmax - zero_point).mul_(scale)
 
 
-def rounded_tokens(x: Tensor, bits: int) -> Tensor:
-    """x^ of x [..., K], each token by its own largest value, symmetric, as the kernels do at run time."""
-    scheme = QuantScheme(bits=bits, granularity="token", dynamic=True)
-    scale = (x.abs().amax(-1, keepdim=True) / scheme.qmax).clamp(min=torch.finfo(torch.float32).tiny)
-    return dequantize(quantize(x, scale, 0, scheme), scale)
-
-
 def affine_parameters(low: Tensor, high: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
     """(scale fp32 > 0, zero_point int32) that cover [low, high], of low's shape.
 
@@ -55,6 +48,14 @@ def affine_parameters(low: Tensor, high: Tensor, scheme: QuantScheme) -> tuple[T
     scale = ((high - low) / (scheme.qmax - scheme.qmin)).clamp(min=tiny)
     zero_point = (scheme.qmin - torch.round(low / scale)).clamp(scheme.qmin, scheme.qmax)
     return scale, zero_point.to(torch.int32)
+
+
+def rounded_dynamic(x: Tensor, scheme: QuantScheme) -> Tensor:
+    """x^ of x [..., K] by ranges of its own: of each token, the whole tensor, or each group of channels of a token."""
+    parts = x.unflatten(-1, (-1, scheme.group_size)) if scheme.group_size else x
+    dims = tuple(range(x.ndim)) if scheme.granularity == "tensor" else (-1,)
+    scale, zero_point = affine_parameters(parts.amin(dims, keepdim=True), parts.amax(dims, keepdim=True), scheme)
+    return rounded(parts, scale, zero_point, scheme).view(x.shape)
 
 
 def search_range(

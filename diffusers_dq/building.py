@@ -28,7 +28,7 @@ def build_linear(
     size in all blocks let them share a compiled graph.
     """
     tables = _online_tables(plan, linear.in_features) | _range_tables(plan)
-    exact, bias = _folded(linear, plan)
+    exact, bias = folded(linear, plan)
     rounded = _rounded(exact, plan)
     weight = exact if rounded is None else rounded.integers
     if rounded is not None:
@@ -103,7 +103,7 @@ def _rows(tables: dict[str, Tensor], name: str) -> int:
     return len(tables[name]) if name in tables else 0
 
 
-def _folded(linear: nn.Linear, plan: LinearPlan) -> tuple[Tensor, Tensor | None]:
+def folded(linear: nn.Linear, plan: LinearPlan) -> tuple[Tensor, Tensor | None]:
     """(W' [N, K], b' [1 or G, N]) in fp64; (W, None) where the plan leaves the function alone."""
     weight = linear.weight.detach().double()
     if not plan.chain.every and not plan.rows:
@@ -154,8 +154,8 @@ def _range_tables(plan: LinearPlan) -> dict[str, Tensor]:
 
 def _rounded(weight: Tensor, plan: LinearPlan) -> QuantizedWeight | None:
     """The folded weight [N, K] as integers; None where it is not rounded."""
-    if plan.weight_scheme is None:
-        return None
+    if plan.weight_scheme is None or plan.decided is not None:
+        return plan.decided
     weight = weight.float()
     if plan.moments is not None:
         hessian = plan.moments.transformed(plan.chain, plan.boundaries if plan.recipe.output_correction else None)

@@ -18,7 +18,7 @@ from diffusers_dq.checks import check_argument
 from diffusers_dq.linear import NOT_ROUNDED, Bits
 from diffusers_dq.methods import Method
 from diffusers_dq.methods.base import make_method
-from diffusers_dq.recipe import Recipe, Rounding
+from diffusers_dq.recipe import Recipe, Reconstruction, Rounding
 
 FORMAT_VERSION = 1
 _OVERRIDABLE = ("weight_bits", "activation_bits", "group_size")
@@ -43,7 +43,7 @@ class DQConfig(QuantizationConfigMixin):
     quantize_attention: also round query, key, value and the probabilities of self-attention.
     statistics: path of a `Statistics` file, for methods that need calibration.
     group_size, rounding, search, output_correction: how weights are rounded, with any method; see Recipe. None is what
-        the method does by itself.
+        the method does by itself.   reconstruction: how rounding="adaround" learns, a dict; see Reconstruction.
     options: the method's own, checked against its dataclass.
 
     Raises TypeError for an unknown option, ValueError for an unknown method or bits out of range.
@@ -63,6 +63,7 @@ class DQConfig(QuantizationConfigMixin):
         rounding: Rounding | None = None,
         search: RangeSearch | None = None,
         output_correction: bool | None = None,
+        reconstruction: Mapping[str, Any] | None = None,
         result: Mapping[str, Any] | None = None,
         format_version: int = FORMAT_VERSION,
         quant_method: str = DQMethod.DIFFUSERS_DQ.value,
@@ -82,6 +83,7 @@ class DQConfig(QuantizationConfigMixin):
             )
         check_argument("method", method, str)
         check_argument("quantize_attention", quantize_attention, bool)
+        check_argument("reconstruction", reconstruction, Mapping | None)
         check_argument("statistics", statistics, str | os.PathLike | None)
         if not _is_list_of_strings(modules_to_not_convert):
             raise ValueError(f"modules_to_not_convert must be a list of strings, got {modules_to_not_convert!r}")
@@ -103,6 +105,7 @@ class DQConfig(QuantizationConfigMixin):
         self.rounding = rounding
         self.search = search
         self.output_correction = output_correction
+        self.reconstruction = dict(reconstruction or {})
         self.statistics = None if statistics is None else os.fspath(statistics)
         self.options = dict(options)
         self.result = None if result is None else copy.deepcopy(dict(result))
@@ -110,6 +113,7 @@ class DQConfig(QuantizationConfigMixin):
 
     def _check(self) -> None:
         self.recipe_of("")  # raises where method, options or recipe are wrong
+        self.reconstruction_settings()
         Bits(self.weight_bits, self.activation_bits)
         for glob, bits in self.overrides.items():
             unknown = set(bits) - set(_OVERRIDABLE)
@@ -131,6 +135,13 @@ class DQConfig(QuantizationConfigMixin):
         given = {field.name: getattr(self, field.name) for field in fields(Recipe)}
         changed = {name: value for name, value in given.items() if value is not None}
         return replace(self.make_method().recipe, **changed)
+
+    def reconstruction_settings(self) -> Reconstruction:
+        known = [field.name for field in fields(Reconstruction)]
+        unknown = sorted(set(self.reconstruction) - set(known))
+        if unknown:
+            raise TypeError(f"reconstruction has no {', '.join(unknown)}; it may set {', '.join(known)}")
+        return Reconstruction(**self.reconstruction)
 
     def recipe_of(self, module: str) -> Recipe:
         recipe = self.recipe

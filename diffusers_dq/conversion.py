@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Turns a full-precision transformer into a quantized one: everything is built first, then put in place at once."""
 
+import os
+
 import torch
 from torch import nn
 from tqdm.auto import tqdm
@@ -11,7 +13,8 @@ from diffusers_dq.config import DQConfig
 from diffusers_dq.installation import Description
 from diffusers_dq.linear import QuantizedLinear
 from diffusers_dq.methods import Method
-from diffusers_dq.planning import Plan, make_plan
+from diffusers_dq.planning import LinearPlan, Plan, make_plan
+from diffusers_dq.reconstruction import Reconstructor
 from diffusers_dq.specs import SPECS, ModelSpec, spec_of, undescribed
 from diffusers_dq.statistics import Statistics
 from diffusers_dq.timesteps import TimestepGroups, boundary_table
@@ -36,6 +39,7 @@ class Conversion:
         self.model = model
         self.config = config
         self.dtype = dtype
+        self.statistics = statistics
         self.descending = statistics is None or statistics.descending
         self.spec = _spec(model, statistics)
         self.plan: Plan = make_plan(model, self.spec, method or config.make_method(), config, statistics)
@@ -51,10 +55,31 @@ class Conversion:
                     " add it to modules_to_not_convert"
                 )
         plan = self.plan.linears[name]
+        self.layers[name] = self._built(name, linear, plan)
+        return self.layers[name]
+
+    def _built(self, name: str, linear: nn.Linear, plan: LinearPlan) -> QuantizedLinear:
         partition = self.plan.partitions.index(plan.boundaries)
         rows = 1 + max(map(len, self.plan.partitions))
-        self.layers[name] = build_linear(linear, plan, partition, self.groups, self.dtype, rows)
-        return self.layers[name]
+        return build_linear(linear, plan, partition, self.groups, self.dtype, rows)
+
+    def reconstruct(self, checkpoint: str | os.PathLike[str] | None, progress: bool) -> None:
+        """Learn how the weights are rounded, where the configuration asks for it."""
+        if self.config.recipe.rounding != "adaround":
+            return
+        assert self.statistics is not None
+        config = {key: value for key, value in self.config.to_dict().items() if key not in ("result", "statistics")}
+        identity = {"config": config, "statistics": self.statistics.identity}
+        self.plan = Reconstructor(
+            self.model,
+            self.plan,
+            self._built,
+            self.groups,
+            self.statistics,
+            self.config.reconstruction_settings(),
+            identity=identity,
+            checkpoint=checkpoint,
+        ).run(progress)
 
     def build_all(self, progress: bool) -> None:
         names = [name for name in self.plan.linears if name not in self.layers]
@@ -98,9 +123,16 @@ def _spec(model: nn.Module, statistics: Statistics | None) -> ModelSpec:
 
 
 def convert(
-    model: nn.Module, config: DQConfig, statistics: Statistics | None, *, dtype: torch.dtype, progress: bool
+    model: nn.Module,
+    config: DQConfig,
+    statistics: Statistics | None,
+    *,
+    dtype: torch.dtype,
+    progress: bool,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> DQConfig:
     """Quantize in place and return the configuration to save. The model is as it was if anything raises."""
     conversion = Conversion(model, config, statistics, dtype)
+    conversion.reconstruct(checkpoint, progress)
     conversion.build_all(progress)
     return conversion.finish()

@@ -377,6 +377,22 @@ class QuantizedLinear(nn.Linear):
             u = ops.rotate(u, self.rotation_signs, self.layout.rotation_order)
         return u.to(x.dtype)
 
+    def transformed(self, x: Tensor) -> Tensor:
+        """u = T_g(x) as far as this layer makes it, [..., K] of x's dtype."""
+        return self._transform(x, self._group(x.device))
+
+    def bias_row(self) -> Tensor | None:
+        """[N], of the current timestep group."""
+        if self.bias_groups is None:
+            return None if self.bias is None else self.bias.to(torch.float32)
+        return self._row(self.bias_groups, self._group(self.bias_groups.device))
+
+    def range_row(self) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of a static input in the current timestep group, [] each."""
+        assert self.input_scale is not None and self.input_zero_point is not None
+        group = self._group(self.input_scale.device)
+        return self._row(self.input_scale, group), self._row(self.input_zero_point, group)
+
     def _bias(self) -> Tensor | None:
         return self.bias if self.bias_groups is None else self.bias_groups
 

@@ -37,14 +37,14 @@ def _copied(name: str, value: Any) -> Any:
     )
 
 
-def moved(value: Any, device: torch.device | str, dtype: torch.dtype | None = None) -> Any:
-    """The same input with its tensors on a device; of its floating-point tensors also the dtype, if one is given."""
+def moved(value: Any, device: torch.device | str, dtypes: Mapping[torch.dtype, torch.dtype] | None = None) -> Any:
+    """The same input with its tensors on a device, and those of a dtype in `dtypes` in the one it maps to."""
     if isinstance(value, Tensor):
-        return value.to(device, dtype if dtype is not None and value.is_floating_point() else value.dtype)
+        return value.to(device, (dtypes or {}).get(value.dtype, value.dtype))
     if isinstance(value, dict):
-        return {key: moved(item, device, dtype) for key, item in value.items()}
-    if isinstance(value, list):
-        return [moved(item, device, dtype) for item in value]
+        return {key: moved(item, device, dtypes) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(moved(item, device, dtypes) for item in value)
     return value
 
 

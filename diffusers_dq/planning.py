@@ -91,7 +91,8 @@ class LinearPlan:
     chain: the change of its input.   online: made by the layer itself, not upstream, as its rotation always is.
     note: why, where it might be.
     rows: changes of its own output that groups downstream ask for, each with the partition of its offsets.
-    recipe: how the weight is rounded.   sample, moments: of its input before the chain.
+    recipe: how the weight is rounded.   decided: the rounded weight, once reconstruction has learned it.
+    sample, moments: of its input before the chain.
     """
 
     weight_scheme: QuantScheme | None = None
@@ -101,6 +102,7 @@ class LinearPlan:
     rows: tuple[tuple[RowUpdate, Boundaries], ...] = ()
     input_range: InputRange | None = None
     recipe: Recipe = Recipe()
+    decided: affine.QuantizedWeight | None = None
     sample: InputSample | None = None
     moments: InputMoments | None = None
     note: str = ""

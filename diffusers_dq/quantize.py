@@ -26,6 +26,7 @@ def quantize(
     num_inference_steps: int | None = None,
     seed: int = 0,
     progress: bool = True,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> QuantizationReport:
     """Quantize the transformer of a pipeline, or a transformer, in place; report what each linear became.
 
@@ -33,6 +34,8 @@ def quantize(
         a model that was loaded *prepared*, which brings its own.
     statistics: from `dq.calibrate`, or their path; else the config's path, else what `dq.calibrate` left on a prepared
         model. With `calls` and `num_inference_steps` (as `dq.calibrate` takes them) it calibrates first.
+
+    checkpoint: of rounding="adaround", written after each unit: the same call again resumes there.
 
     It finishes or leaves the model as it was. Raises ValueError where the method needs statistics and has none, or
     they are of another model; where the model is quantized already; where a skip string or override matches no linear.
@@ -63,7 +66,7 @@ def quantize(
     if isinstance(statistics, (str, os.PathLike)):
         statistics = Statistics.load(statistics)
     with torch.no_grad():
-        done = convert(model, config, statistics, dtype=model.dtype, progress=progress)
+        done = convert(model, config, statistics, dtype=model.dtype, progress=progress, checkpoint=checkpoint)
     (prepared or DQQuantizer(done)).adopt(model, done)
     return inspect(model)
 

@@ -8,7 +8,38 @@ from diffusers_dq.affine import RangeSearch
 from diffusers_dq.checks import check_fields
 from diffusers_dq.scheme import check_group_size
 
-Rounding = Literal["nearest", "gptq"]
+Rounding = Literal["nearest", "gptq", "adaround"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reconstruction:
+    """How rounding="adaround" learns, one unit of the model after the other, as in BRECQ and Q-Diffusion.
+
+    unit: "block", a member of the model's outermost module lists, whose output is to stay; or "layer", each linear.
+    iterations: for a unit, each on the batch of one kept sample. (Q-Diffusion and PTQ4DiT's code: 20,000 on 32.)
+    learning_rate: of V.   input_learning_rate: of a static input scale's logarithm, falling to 0 as a cosine.
+    rounding_weight: of the term that presses V to a decision, in [0, 1] as the mean over all weights, against the
+        unit's error in multiples of what rounding to nearest leaves. (The code of both weighs sums that depend on a
+        model's scale and width, by 0.01.)   warmup: share of the iterations before it sets in.
+    beta: of that term, first and last.
+    """
+
+    unit: Literal["block", "layer"] = "block"
+    iterations: int = 1000
+    learning_rate: float = 1e-2
+    input_learning_rate: float = 4e-5
+    rounding_weight: float = 10.0
+    warmup: float = 0.2
+    beta_start: float = 20.0
+    beta_end: float = 2.0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.iterations < 1 or not 0 <= self.warmup < 1:
+            raise ValueError(
+                "reconstruction needs at least 1 iteration and a warmup in [0, 1), got"
+                f" {self.iterations} and {self.warmup}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,8 +48,9 @@ class Recipe:
 
     group_size: input channels of a weight's row that share a scale, a multiple of 32; 0 is one scale a row. Where it
         does not divide a linear's width, the largest multiple of 32 below it that does, else one scale a row.
-    rounding: "nearest", or "gptq", for which calibration needs second_moments=True. It weighs errors by the inputs
-        itself: search="output" then takes weight ranges by min and max.
+    rounding: "nearest"; "gptq", for which calibration needs second_moments=True: it weighs errors by the inputs
+        itself, so search="output" then takes weight ranges by min and max; or "adaround", learned on the samples that
+        calibration keeps, the better the more there are.
     search: of ranges, of weights and static ones of activations. "minmax" covers everything; "mse" has the least L2.4
         error of 80 shrunken ones (Q-Diffusion); "percentile" the least squared error of those that leave out 0.1,
         0.01 or 0.001 percent at either end (RepQ-ViT); "output" is "mse" in which an error in a weight's column counts

@@ -162,6 +162,16 @@ class Statistics:
                 raise ValueError(f"{path}: {name} has {tuple(site.minimum.shape)} minima for {steps} timesteps")
         return statistics
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """JSON-able, by which a later run knows that it works on the same statistics."""
+        return {key: value for key, value in self.about.items() if key != "versions"}
+
+    def dtypes_for(self, model: nn.Module) -> dict[torch.dtype, torch.dtype]:
+        """What of the samples has to be cast for a model in another precision than the one calibrated."""
+        taken = getattr(torch, str(self.about.get("dtype", "")).removeprefix("torch."), torch.float32)
+        return {taken: next(p.dtype for p in model.parameters() if p.is_floating_point())}
+
     def check_finite(self) -> None:
         """Raises ValueError that names the first step, and in it the first site, whose extremes are not numbers."""
         first = len(self.timesteps), ""

@@ -15,7 +15,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from diffusers_dq.affine import quantize_weight, rounded_tokens
+from diffusers_dq.affine import quantize_weight, rounded_dynamic
 from diffusers_dq.balancing import balance
 from diffusers_dq.methods.base import (
     METHODS,
@@ -95,7 +95,7 @@ def output_error(site: Site, chain: Chain) -> float:
     tokens = tokens[:: -(-len(tokens) // _TOKENS)]
     u = chain.forward(tokens[None], torch.zeros(1, dtype=torch.int64))[0]
     weight_bits, activation_bits = site.bits
-    u_rounded = u if activation_bits > 8 else rounded_tokens(u, activation_bits)
+    u_rounded = u if activation_bits > 8 else rounded_dynamic(u, token_or_tensor(activation_bits, dynamic=True))
     error = 0.0
     for weight in site.weights:
         weight = weight.float().cpu()

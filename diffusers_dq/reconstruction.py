@@ -1,0 +1,316 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Learns how weights are rounded, a unit of the model at a time, so that its output on real inputs stays.
+
+As in BRECQ (Li et al., ICLR 2021) and Q-Diffusion (Li et al., ICCV 2023): a unit gets what the units before it put out
+once they are quantized, and is to put out what it would have in full precision. Both come from running the model on
+the samples that calibration kept, up to the unit, so memory holds one unit's inputs and outputs at a time.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from diffusers_dq.adaround import SoftLinear, annealed, cosine
+from diffusers_dq.affine import QuantizedWeight
+from diffusers_dq.building import folded
+from diffusers_dq.denoise import TimestepArgument
+from diffusers_dq.linear import QuantizedLinear
+from diffusers_dq.model_inputs import ModelInput, moved, timestep_of
+from diffusers_dq.planning import LinearPlan, Plan
+from diffusers_dq.recipe import Reconstruction
+from diffusers_dq.statistics import Statistics, check_writable
+from diffusers_dq.timesteps import TimestepGroups, boundary_table
+
+Build = Callable[[str, nn.Linear, LinearPlan], QuantizedLinear]
+
+
+@dataclass(frozen=True)
+class Passage:
+    """What went through a unit in one forward.   output: the tensors that came out."""
+
+    timestep: Tensor
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: tuple[Tensor, ...]
+
+
+class Reconstructor:
+    """One model's reconstruction. The model is as it was whenever no method of this class is running."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        build: Build,
+        groups: TimestepGroups,
+        statistics: Statistics,
+        settings: Reconstruction,
+        *,
+        identity: Mapping[str, Any],
+        checkpoint: str | os.PathLike[str] | None = None,
+        seed: int = 0,
+    ) -> None:
+        """identity: JSON-able, by which a checkpoint is known to be of this run.
+
+        Raises ValueError without samples.
+        """
+        if not statistics.samples:
+            raise ValueError('rounding="adaround" learns on whole inputs: calibrate with samples=32 or more')
+        self.model, self.plan, self.build, self.groups = model, plan, build, groups
+        self.statistics, self.settings = statistics, settings
+        self.boundaries = boundary_table(plan.partitions)
+        self.timestep = TimestepArgument.of(model).name
+        self.identity = dict(identity) | {"reconstruction": asdict(settings)}
+        self.checkpoint = None if checkpoint is None else check_writable(checkpoint)
+        self.seed = seed
+        self.linears = dict(plan.linears)
+
+    def run(self, progress: bool) -> Plan:
+        """The plan with every weight decided."""
+        units = units_of(self.model, self._rounded(), self.settings.unit)
+        done = self._resume()
+        layers: dict[str, nn.Module] = {}
+        bar = tqdm(total=len(units) * self.settings.iterations, desc="reconstruct", unit="it", disable=not progress)
+        with bar:
+            for unit, names in units.items():
+                if not done.issuperset(names):
+                    self._learn(unit, names, layers, bar)
+                    done.update(names)
+                    self._save(done)
+                else:
+                    bar.update(self.settings.iterations)
+                layers |= {name: self._layer(name, self.linears[name]) for name in names}
+        return replace(self.plan, linears=self.linears)
+
+    def _rounded(self) -> list[str]:
+        return [name for name, plan in self.plan.linears.items() if plan.weight_scheme is not None]
+
+    def _layer(self, name: str, plan: LinearPlan) -> QuantizedLinear:
+        linear = self.model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        return self.build(name, linear, plan)
+
+    def _learn(self, unit: str, names: Sequence[str], layers: Mapping[str, nn.Module], bar: Any) -> None:
+        exact = self._passages(unit, {})
+        quantized = self._passages(unit, layers)
+        passages = [replace(q, output=e.output) for q, e in zip(quantized, exact, strict=True)]
+        soft = {name: self._soft(name) for name in names}
+        nearest = {name: layer.layer for name, layer in soft.items()}
+        with swapped(self.model, nearest):
+            before = self._error(unit, passages)
+        with swapped(self.model, soft):
+            self._optimize(unit, soft, passages, before, bar)
+        learned = {name: _learned(self.linears[name], layer) for name, layer in soft.items()}
+        with swapped(self.model, {name: self._layer(name, _uncorrected(plan)) for name, plan in learned.items()}):
+            after = self._error(unit, passages)
+        bar.set_postfix_str(f"{unit}: error {before:.3g} -> {min(before, after):.3g}")
+        kept = {name: replace(self.linears[name], decided=layer.nearest()) for name, layer in soft.items()}
+        self.linears |= learned if after < before else kept
+
+    def _soft(self, name: str) -> SoftLinear:
+        plan = _uncorrected(self.linears[name])
+        linear = self.model.get_submodule(name)
+        assert isinstance(linear, nn.Linear) and plan.weight_scheme is not None
+        exact, _ = folded(linear, plan)
+        return SoftLinear(self._layer(name, plan), exact, plan.weight_scheme, plan.scheme)
+
+    @torch.no_grad()
+    def _passages(self, unit: str, layers: Mapping[str, nn.Module]) -> list[Passage]:
+        """What reaches the unit, and leaves it, when the model runs on each sample with `layers` in place."""
+        device = next(self.model.parameters()).device
+        dtypes = self.statistics.dtypes_for(self.model)
+        found = []
+        with swapped(self.model, layers):
+            for sample in self.statistics.samples:
+                timestep = timestep_of(sample, self.timestep)
+                self._select(timestep)
+                args, kwargs, output = _run_up_to(self.model, unit, moved(sample, device, dtypes))
+                found.append(Passage(timestep, *moved((args, kwargs, output), "cpu")))
+        return found
+
+    def _select(self, timestep: Tensor) -> None:
+        self.groups.select(self.boundaries, timestep, self.statistics.descending)
+
+    def _outputs(self, unit: str, passage: Passage, device: torch.device) -> tuple[Tensor, ...]:
+        self._select(passage.timestep)
+        args, kwargs = moved((passage.args, passage.kwargs), device)
+        return _tensors(self.model.get_submodule(unit)(*args, **kwargs))
+
+    @torch.no_grad()
+    def _error(self, unit: str, passages: Sequence[Passage]) -> float:
+        device = next(self.model.parameters()).device
+        errors = [float(_loss(self._outputs(unit, passage, device), passage.output)) for passage in passages]
+        return sum(errors) / len(errors)
+
+    @torch.enable_grad()
+    def _optimize(
+        self, unit: str, soft: Mapping[str, SoftLinear], passages: Sequence[Passage], before: float, bar: Any
+    ) -> None:
+        """Minimise error / before + rounding_weight * mean undecided: both in units that no model's scale changes."""
+        settings = self.settings
+        device = next(self.model.parameters()).device
+        scales = [layer.log_input_scale for layer in soft.values() if layer.layer.layout.static]
+        weights = [layer.v for layer in soft.values()]
+        groups = [{"params": weights, "lr": settings.learning_rate}]
+        if scales:
+            groups.append({"params": scales, "lr": settings.input_learning_rate})
+        optimizer = torch.optim.Adam(groups)
+        order = torch.Generator().manual_seed(self.seed)
+        error = max(before, torch.finfo(torch.float32).tiny)
+        pressure = settings.rounding_weight / sum(v.numel() for v in weights)
+        for step in range(settings.iterations):
+            passage = passages[int(torch.randint(len(passages), (), generator=order))]
+            loss = _loss(self._outputs(unit, passage, device), passage.output) / error
+            beta = annealed(step, settings.iterations, settings.warmup, settings.beta_start, settings.beta_end)
+            if beta is not None:
+                loss = loss + pressure * sum(layer.undecided(beta) for layer in soft.values())
+            if scales:
+                groups[1]["lr"] = settings.input_learning_rate * cosine(step, settings.iterations)
+            optimizer.zero_grad()
+            loss.backward(inputs=weights + scales)
+            optimizer.step()
+            bar.update()
+
+    def _save(self, done: set[str]) -> None:
+        if self.checkpoint is None:
+            return
+        tensors: dict[str, Tensor] = {}
+        for name in done:
+            plan = self.linears[name]
+            assert plan.decided is not None
+            parts = plan.decided._asdict()
+            if plan.input_range is not None:
+                parts["input_scale"] = plan.input_range.scale
+            tensors |= {f"{name}/{key}": part.cpu().contiguous() for key, part in parts.items() if part is not None}
+        unfinished = self.checkpoint.with_name(f"{self.checkpoint.name}.unfinished")
+        try:
+            save_file(tensors, unfinished, metadata={"diffusers_dq": json.dumps(self.identity, sort_keys=True)})
+            os.replace(unfinished, self.checkpoint)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+    def _resume(self) -> set[str]:
+        """Linears decided by an earlier run, which are put into the plan. Raises ValueError for another run's file."""
+        if self.checkpoint is None or not self.checkpoint.exists():
+            return set()
+        identity, tensors = _read(self.checkpoint)
+        mine = json.loads(json.dumps(self.identity))
+        differing = [key for key in mine.keys() | identity.keys() if mine.get(key) != identity.get(key)]
+        if differing:
+            raise ValueError(
+                f"the checkpoint {self.checkpoint} is of another run: {', '.join(sorted(differing))} differ. Quantize"
+                " with the same arguments to resume, or give another checkpoint path to start anew"
+            )
+        done = {key.rpartition("/")[0] for key in tensors}
+        device = next(self.model.parameters()).device
+        for name in done:
+            plan = self.linears[name]
+            of_weight = {key: tensors.get(f"{name}/{key}") for key in QuantizedWeight._fields}
+            decided = QuantizedWeight(**moved(of_weight, device))
+            found = plan.input_range
+            if found is not None:
+                found = replace(found, scale=tensors[f"{name}/input_scale"])
+            self.linears[name] = replace(plan, decided=decided, input_range=found)
+        return done
+
+
+def units_of(model: nn.Module, linears: Sequence[str], unit: str) -> dict[str, list[str]]:
+    """Unit -> the linears in it, in the order of the model's modules.
+
+    A block is a member of an outermost nn.ModuleList. A linear outside of all blocks is a unit of its own.
+    """
+    blocks = [] if unit == "layer" else [f"{name}." for name in _blocks(model)]
+    units: dict[str, list[str]] = {}
+    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    for name in sorted(linears, key=order.__getitem__):
+        block = next((block for block in blocks if name.startswith(block)), f"{name}.")
+        units.setdefault(block[:-1], []).append(name)
+    return units
+
+
+def _blocks(module: nn.Module, prefix: str = "") -> Iterator[str]:
+    for name, child in module.named_children():
+        if isinstance(child, nn.ModuleList):
+            yield from (f"{prefix}{name}.{i}" for i in range(len(child)))
+        else:
+            yield from _blocks(child, f"{prefix}{name}.")
+
+
+@contextmanager
+def swapped(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """The model with other modules under these names, for the time being."""
+    originals = {name: model.get_submodule(name) for name in modules}
+    try:
+        for name, module in modules.items():
+            model.set_submodule(name, module)
+        yield
+    finally:
+        for name, module in originals.items():
+            model.set_submodule(name, module)
+
+
+class _Reached(Exception):
+    """The unit has run, and nothing behind it has to."""
+
+
+def _run_up_to(model: nn.Module, unit: str, sample: ModelInput) -> tuple[tuple[Any, ...], Any, tuple[Tensor, ...]]:
+    """Arguments and outputs of a unit in the model's forward on the sample."""
+    found: list[tuple[tuple[Any, ...], Any, tuple[Tensor, ...]]] = []
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        found.append((args, kwargs, _tensors(output)))
+        raise _Reached
+
+    handle = model.get_submodule(unit).register_forward_hook(hook, with_kwargs=True)
+    try:
+        model(**sample)
+    except _Reached:
+        return found[0]
+    finally:
+        handle.remove()
+    raise ValueError(f"{unit} is never run by a forward of {type(model).__name__}, so its rounding cannot be learned")
+
+
+def _tensors(output: Any) -> tuple[Tensor, ...]:
+    parts = output if isinstance(output, tuple | list) else (output,)
+    return tuple(part for part in parts if isinstance(part, Tensor))
+
+
+def _loss(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+    """Mean over tokens of the squared error summed over channels (BRECQ's, p = 2)."""
+    errors = [(y.float() - target.to(y.device).float()) for y, target in zip(outputs, targets, strict=True)]
+    return torch.stack([error.square().sum(-1).mean() for error in errors]).sum()
+
+
+def _uncorrected(plan: LinearPlan) -> LinearPlan:
+    """Learned rounding makes up for the systematic error itself; the bias is corrected once it is decided."""
+    return replace(plan, recipe=replace(plan.recipe, output_correction=False))
+
+
+def _learned(plan: LinearPlan, soft: SoftLinear) -> LinearPlan:
+    found = plan.input_range
+    if found is not None:
+        found = replace(found, scale=found.scale * soft.log_input_scale.detach().exp().to(found.scale.device))
+    return replace(plan, decided=soft.decided(), input_range=found)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            identity = json.loads((file.metadata() or {}).get("diffusers_dq", "null"))
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a dict
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"the checkpoint {path} is damaged ({error}); delete it to start anew") from error
+    if not isinstance(identity, dict):
+        raise ValueError(f"{path} is no checkpoint of a reconstruction; give another path")
+    return identity, tensors
