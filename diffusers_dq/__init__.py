@@ -11,6 +11,7 @@ from diffusers_dq.methods import methods
 from diffusers_dq.quantize import quantize
 from diffusers_dq.quantizer import register
 from diffusers_dq.report import LinearReport, QuantizationReport, inspect
+from diffusers_dq.search import allocate_bits, search_bits, search_group_sizes
 from diffusers_dq.statistics import Statistics
 
 __version__ = "0.1.0"
@@ -21,11 +22,14 @@ __all__ = [
     "LinearReport",
     "QuantizationReport",
     "Statistics",
+    "allocate_bits",
     "calibrate",
     "compare",
     "inspect",
     "methods",
     "quantize",
+    "search_bits",
+    "search_group_sizes",
 ]
 
 register()

@@ -68,7 +68,8 @@ class SoftLinear(nn.Module):
         if self.input_scheme is not None:
             u = self._rounded(u, self.input_scheme)
         integers = (self.floor + self.up()).clamp(self.scheme.qmin, self.scheme.qmax)
-        return F.linear(u, (integers - self.zero_point) * self.scale, layer.bias_row()).to(x.dtype)
+        y = F.linear(u, (integers - self.zero_point) * self.scale, layer.bias_row()).to(x.dtype)
+        return y if layer.low_rank_down is None else y + layer.low_rank_part(x)
 
     def _rounded(self, u: Tensor, scheme: QuantScheme) -> Tensor:
         if scheme.dynamic:

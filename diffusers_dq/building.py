@@ -12,6 +12,7 @@ from diffusers_dq import affine
 from diffusers_dq.affine import QuantizedWeight
 from diffusers_dq.gptq import quantize_weight_gptq
 from diffusers_dq.linear import InputRounding, LinearLayout, QuantizedLinear
+from diffusers_dq.low_rank import low_rank_factors
 from diffusers_dq.planning import LinearPlan
 from diffusers_dq.scheme import QuantScheme
 from diffusers_dq.timesteps import TimestepGroups, expand, group_of
@@ -29,6 +30,9 @@ def build_linear(
     """
     tables = _online_tables(plan, linear.in_features) | _range_tables(plan)
     exact, bias = folded(linear, plan)
+    factors = low_rank_of(exact, plan)
+    if factors is not None:
+        exact = exact - factors[1] @ factors[0]
     rounded = _rounded(exact, plan)
     weight = exact if rounded is None else rounded.integers
     if rounded is not None:
@@ -40,6 +44,8 @@ def build_linear(
         bias = _bias_of(linear)[None]
     if bias is not None:
         tables["bias_groups"] = bias if correction is None else bias + correction
+    if factors is not None:
+        factors = _on_arrival(*factors, tables, plan)
     tables = {name: _lengthened(table, rows) if name in _SWITCHED else table for name, table in tables.items()}
     layout = LinearLayout(
         weight_bits=plan.bits.weight,
@@ -53,6 +59,7 @@ def build_linear(
         shift_groups=_rows(tables, "input_shift"),
         smooth="input_inv_smooth" in tables,
         rotation_order=1 if plan.chain.rotation is None else plan.chain.rotation.order,
+        low_rank=plan.recipe.low_rank if factors is not None else 0,
         partition=partition,
     )
     layer = QuantizedLinear(
@@ -67,10 +74,38 @@ def build_linear(
     layer.weight.copy_(ops.pack_int4(weight) if plan.bits.weight == 4 else weight)
     if layer.bias is not None:
         layer.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
+    if factors is not None and layer.low_rank_down is not None and layer.low_rank_up is not None:
+        layer.low_rank_down.copy_(factors[0])
+        layer.low_rank_up.copy_(factors[1])
     for name, _ in layer.tables():
         getattr(layer, name).copy_(tables[name])
     layer.finish_loading()
     return layer
+
+
+def low_rank_of(exact: Tensor, plan: LinearPlan) -> tuple[Tensor, Tensor] | None:
+    """Factors [r, K] and [N, r] of the part of the folded weight that is not rounded; None where all of it is, and for
+    a rank so high that factors would be larger than the weight."""
+    rank = plan.recipe.low_rank
+    if not rank or plan.weight_scheme is None or rank * sum(exact.shape) >= exact.numel():
+        return None
+    return low_rank_factors(exact, rank)
+
+
+def _on_arrival(down: Tensor, up: Tensor, tables: dict[str, Tensor], plan: LinearPlan) -> tuple[Tensor, Tensor]:
+    """The factors for the input as it arrives, before what the layer itself does to it.
+
+    u = ((x - shift_g) inv_smooth) R, so D u = D' x - D' shift_g with D' = D R^T diag(inv_smooth). The biases take up
+    the constant: there are some wherever something is shifted.
+    """
+    if plan.chain.rotation is not None:
+        down = plan.chain.rotation.inverse(down)
+    if "input_inv_smooth" in tables:
+        down = down * tables["input_inv_smooth"].to(down)
+    if "input_shift" in tables:
+        constant = tables["input_shift"].to(down) @ down.T @ up.T
+        tables["bias_groups"] = tables["bias_groups"] - constant
+    return down, up
 
 
 def _input_rounding(scheme: QuantScheme | None) -> InputRounding | None:

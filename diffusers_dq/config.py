@@ -19,6 +19,7 @@ from diffusers_dq.linear import NOT_ROUNDED, Bits
 from diffusers_dq.methods import Method
 from diffusers_dq.methods.base import make_method
 from diffusers_dq.recipe import Recipe, Reconstruction, Rounding
+from diffusers_dq.step_policy import from_runtime, to_runtime
 
 FORMAT_VERSION = 1
 _OVERRIDABLE = ("weight_bits", "activation_bits", "group_size")
@@ -42,8 +43,12 @@ class DQConfig(QuantizationConfigMixin):
         three; the last match wins. What a search finds is written here (diffusers_dq/search).
     quantize_attention: also round query, key, value and the probabilities of self-attention.
     statistics: path of a `Statistics` file, for methods that need calibration.
-    group_size, rounding, search, output_correction: how weights are rounded, with any method; see Recipe. None is what
-        the method does by itself.   reconstruction: how rounding="adaround" learns, a dict; see Reconstruction.
+    group_size, rounding, search, low_rank, output_correction, noise_correction: parts that go with any method; see
+        Recipe. None is what the method does by itself.
+    reconstruction: how rounding="adaround" learns, a dict of what `Reconstruction` has.
+    guard_steps: (n, m), the first n and last m steps of the calibrated schedule run with activations that are not
+        rounded; written to config.json in diffusers' words too, as `runtime`, and read from them.
+    step_bits: activation bits of as many equal parts of the schedule, from its first to its last.
     options: the method's own, checked against its dataclass.
 
     Raises TypeError for an unknown option, ValueError for an unknown method or bits out of range.
@@ -62,8 +67,13 @@ class DQConfig(QuantizationConfigMixin):
         group_size: int | None = None,
         rounding: Rounding | None = None,
         search: RangeSearch | None = None,
+        low_rank: int | None = None,
         output_correction: bool | None = None,
+        noise_correction: bool | None = None,
         reconstruction: Mapping[str, Any] | None = None,
+        guard_steps: Sequence[int] | None = None,
+        step_bits: Sequence[int] | None = None,
+        runtime: Mapping[str, Any] | None = None,
         result: Mapping[str, Any] | None = None,
         format_version: int = FORMAT_VERSION,
         quant_method: str = DQMethod.DIFFUSERS_DQ.value,
@@ -104,8 +114,12 @@ class DQConfig(QuantizationConfigMixin):
         self.group_size = group_size
         self.rounding = rounding
         self.search = search
+        self.low_rank = low_rank
         self.output_correction = output_correction
+        self.noise_correction = noise_correction
         self.reconstruction = dict(reconstruction or {})
+        self.guard_steps = _guard_steps(guard_steps, runtime)
+        self.step_bits = None if step_bits is None else list(step_bits)
         self.statistics = None if statistics is None else os.fspath(statistics)
         self.options = dict(options)
         self.result = None if result is None else copy.deepcopy(dict(result))
@@ -114,6 +128,10 @@ class DQConfig(QuantizationConfigMixin):
     def _check(self) -> None:
         self.recipe_of("")  # raises where method, options or recipe are wrong
         self.reconstruction_settings()
+        for of_steps in self.step_bits or ():
+            Bits(self.weight_bits, of_steps)
+        if self.has_step_policy and self.activation_bits == NOT_ROUNDED:
+            raise ValueError("guard_steps and step_bits change activation_bits, which is 16 (not rounded)")
         Bits(self.weight_bits, self.activation_bits)
         for glob, bits in self.overrides.items():
             unknown = set(bits) - set(_OVERRIDABLE)
@@ -127,7 +145,12 @@ class DQConfig(QuantizationConfigMixin):
     @property
     def needs_statistics(self) -> bool:
         """Of the inputs of linears."""
-        return self.make_method().needs_statistics or self.recipe.needs_statistics
+        return self.make_method().needs_statistics or self.recipe.needs_statistics or self.has_step_policy
+
+    @property
+    def has_step_policy(self) -> bool:
+        """Whether activation bits change with the step; the calibrated schedule says where."""
+        return self.step_bits is not None or any(self.guard_steps or ())
 
     @property
     def recipe(self) -> Recipe:
@@ -172,6 +195,9 @@ class DQConfig(QuantizationConfigMixin):
         fields = copy.deepcopy(self.__dict__)
         options = fields.pop("options")
         fields["quant_method"] = self.quant_method.value
+        if self.guard_steps is not None:
+            fields["guard_steps"] = list(self.guard_steps)
+            fields["runtime"] = to_runtime(self.guard_steps)
         return {**{key: value for key, value in fields.items() if not key.startswith("_")}, **options}
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -201,6 +227,18 @@ class DQConfig(QuantizationConfigMixin):
         return isinstance(other, DQConfig) and self.to_dict() == other.to_dict()
 
     __hash__ = None  # type: ignore[assignment]
+
+
+def _guard_steps(guard: Any, runtime: Any) -> tuple[int, int] | None:
+    given = None if guard is None else tuple(guard)
+    if given is not None and (len(given) != 2 or not all(type(count) is int and count >= 0 for count in given)):
+        raise ValueError(f"guard_steps must be two whole numbers, of first and last steps, got {guard!r}")
+    if runtime is None:
+        return given
+    worded = from_runtime(runtime)
+    if given not in (None, worded):
+        raise ValueError(f"guard_steps is {given}, and runtime says {worded}: give one of them")
+    return worded
 
 
 def _is_list_of_strings(value: Any) -> bool:

@@ -2,19 +2,22 @@
 """Turns a full-precision transformer into a quantized one: everything is built first, then put in place at once."""
 
 import os
+from typing import Any
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from diffusers_dq import installation
+from diffusers_dq import installation, noise_correction
 from diffusers_dq.building import build_linear
 from diffusers_dq.config import DQConfig
 from diffusers_dq.installation import Description
 from diffusers_dq.linear import QuantizedLinear
 from diffusers_dq.methods import Method
+from diffusers_dq.noise_correction import NoiseCorrection
 from diffusers_dq.planning import LinearPlan, Plan, make_plan
 from diffusers_dq.reconstruction import Reconstructor
+from diffusers_dq.replay import Replay
 from diffusers_dq.specs import SPECS, ModelSpec, spec_of, undescribed
 from diffusers_dq.statistics import Statistics
 from diffusers_dq.timesteps import TimestepGroups, boundary_table
@@ -45,6 +48,7 @@ class Conversion:
         self.plan: Plan = make_plan(model, self.spec, method or config.make_method(), config, statistics)
         self.groups = TimestepGroups(len(self.plan.partitions))
         self.layers: dict[str, QuantizedLinear] = {}
+        self.correction: NoiseCorrection | None = None
 
     def build(self, name: str, linear: nn.Linear) -> QuantizedLinear:
         """The layer that is to replace the linear of this name. Raises ValueError where its weight is not finite."""
@@ -74,12 +78,25 @@ class Conversion:
             self.model,
             self.plan,
             self._built,
-            self.groups,
-            self.statistics,
+            self._replay(),
             self.config.reconstruction_settings(),
             identity=identity,
             checkpoint=checkpoint,
         ).run(progress)
+
+    def _replay(self) -> Replay:
+        assert self.statistics is not None
+        return Replay(self.model, self.statistics, self.groups, self.plan.partitions)
+
+    def correct_noise(self) -> None:
+        """Fit what the built layers do to the model's prediction, where the configuration asks for it."""
+        if not self.config.recipe.noise_correction:
+            return
+        replay = self._replay()
+        exact, quantized = replay.outputs({}), replay.outputs(self.layers)
+        pairs = [(timestep, x, y) for (timestep, x), (_, y) in zip(exact, quantized, strict=True)]
+        architecture: Any = self.model.config
+        self.correction = noise_correction.fit(pairs, architecture.in_channels)
 
     def build_all(self, progress: bool) -> None:
         names = [name for name in self.plan.linears if name not in self.layers]
@@ -99,11 +116,19 @@ class Conversion:
             tied=installation.identical(model, self.spec.duplicates),
             notes={name: linear.note for name, linear in plan.linears.items() if linear.note} | dict(plan.kept),
             dtype=self.dtype,
+            step_bits=plan.step_bits,
+            noise_correction=None if self.correction is None else tuple(self.correction.mean.shape),  # type: ignore[arg-type]
             shared=installation.sharing(self.layers, [group.linears for group in self.spec.groups]),
         )
         device = next(iter(self.layers.values())).weight.device if self.layers else "cpu"
         installation.install(
-            model, description, self.layers, self.groups.to(device), boundaries.to(device), plan.attention
+            model,
+            description,
+            self.layers,
+            self.groups.to(device),
+            boundaries.to(device),
+            plan.attention,
+            None if self.correction is None else self.correction.to(device),
         )
         return self.config.copy(result=description.to_dict(), statistics=None)
 
@@ -135,4 +160,5 @@ def convert(
     conversion = Conversion(model, config, statistics, dtype)
     conversion.reconstruct(checkpoint, progress)
     conversion.build_all(progress)
+    conversion.correct_noise()
     return conversion.finish()

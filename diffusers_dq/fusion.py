@@ -129,7 +129,8 @@ def _dtype_between(x: Tensor) -> torch.dtype:
 def _rounds(linear: nn.Module) -> bool:
     if type(linear) is not QuantizedLinear or not _unhooked(linear):
         return False
-    return linear.layout.input_rounding in ("static", "token")
+    layout = linear.layout
+    return linear.rounds_input and layout.input_rounding in ("static", "token") and not layout.low_rank
 
 
 def _unhooked(module: nn.Module) -> bool:

@@ -9,9 +9,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from diffusers_dq import attention, fusion
+from diffusers_dq import attention, fusion, noise_correction
 from diffusers_dq.denoise import TimestepArgument
 from diffusers_dq.linear import LinearLayout, QuantizedLinear
+from diffusers_dq.noise_correction import CorrectOutput, NoiseCorrection
+from diffusers_dq.step_policy import StepBits
 from diffusers_dq.timesteps import TimestepGroups
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -29,7 +31,8 @@ class Description:
     partitions: [P, E], the shape of the table of timestep boundaries.   descending: noise falls with the timestep.
     tied: module -> the one it is the same as.   shared: linear -> another that rounds the same input the same way.
     notes: linear -> why it is in full precision or what is odd about it.
-    dtype: of the model's unrounded tensors.
+    dtype: of the model's unrounded tensors.   step_bits: None where activations are rounded alike in every step.
+    noise_correction: steps and channels of the NoiseCorrection, None where there is none.
     """
 
     linears: Mapping[str, LinearLayout]
@@ -41,6 +44,8 @@ class Description:
     notes: Mapping[str, str]
     dtype: torch.dtype
     shared: Mapping[str, str] = field(default_factory=dict)
+    step_bits: StepBits | None = None
+    noise_correction: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.dtype, torch.dtype):
@@ -61,6 +66,8 @@ class Description:
             "attention": list(self.attention),
             "partitions": list(self.partitions),
             "dtype": str(self.dtype).removeprefix("torch."),
+            "step_bits": None if self.step_bits is None else self.step_bits.to_dict(),
+            "noise_correction": None if self.noise_correction is None else list(self.noise_correction),
         }
 
     @classmethod
@@ -73,6 +80,8 @@ class Description:
                 "attention": tuple(result["attention"]),
                 "partitions": (int(partitions), int(edges)),
                 "dtype": getattr(torch, result["dtype"], result["dtype"]),
+                "noise_correction": _pair(result.get("noise_correction")),
+                "step_bits": StepBits.from_dict(result["step_bits"]) if result.get("step_bits") else None,
             }
             return cls(**{**result, **parts})
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -82,12 +91,20 @@ class Description:
             ) from error
 
 
+def _pair(value: Sequence[int] | None) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    first, second = value
+    return int(first), int(second)
+
+
 class SelectGroup:
     """Forward pre-hook of the model: writes the group of this forward's timestep where the layers read it."""
 
-    def __init__(self, argument: TimestepArgument, descending: bool) -> None:
+    def __init__(self, argument: TimestepArgument, descending: bool, step_bits: StepBits | None = None) -> None:
         self.argument = argument
         self.descending = descending
+        self.step_bits = step_bits
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         timestep = self.argument.read(args, kwargs)
@@ -98,7 +115,11 @@ class SelectGroup:
             )
         if not isinstance(timestep, Tensor):
             timestep = torch.tensor(timestep)
-        getattr(model, GROUPS).select(getattr(model, BOUNDARIES), timestep, self.descending)
+        groups = getattr(model, GROUPS)
+        if hasattr(model, BOUNDARIES):
+            groups.select(getattr(model, BOUNDARIES), timestep, self.descending)
+        if self.step_bits is not None:  # waits for the device
+            groups.activation_bits = self.step_bits.at(float(timestep.max() if self.descending else timestep.min()))
 
 
 def install(
@@ -108,13 +129,16 @@ def install(
     groups: TimestepGroups,
     boundaries: Tensor,
     attention_scales: Mapping[str, Mapping[str, Tensor]] | None,
+    correction: NoiseCorrection | None = None,
 ) -> None:
     """Replace linears by layers, share tied modules, quantize attention, select the group before each forward.
 
     boundaries: [P, E]; without columns there is one group and nothing to select.
     attention_scales: Attention module -> operand -> [1]; None where a file will bring them.
     """
-    select = SelectGroup(TimestepArgument.of(model), description.descending) if boundaries.numel() else None
+    select = None
+    if boundaries.numel() or description.step_bits is not None:
+        select = SelectGroup(TimestepArgument.of(model), description.descending, description.step_bits)
     replaced = {name: model.get_submodule(name) for name in (*layers, *description.tied)}
     processors = {name: model.get_submodule(name).processor for name in description.attention}
     try:
@@ -130,9 +154,13 @@ def install(
         if not getattr(model, _REPEATED, None):
             setattr(model, _REPEATED, repeated_blocks(model))
         model.add_module(GROUPS, groups)
-        if select is not None:
+        if boundaries.numel():
             model.register_buffer(BOUNDARIES, boundaries)
+        if select is not None:
             model.register_forward_pre_hook(select, with_kwargs=True)
+        if correction is not None:
+            model.add_module(noise_correction.NAME, correction)
+            model.register_forward_hook(CorrectOutput(TimestepArgument.of(model)), with_kwargs=True)
         fusion.fuse(model)
     except BaseException:
         _remove_selection(model)
@@ -158,7 +186,11 @@ def _remove_selection(model: nn.Module) -> None:
         if isinstance(hook, SelectGroup):
             del model._forward_pre_hooks[key]
             model._forward_pre_hooks_with_kwargs.pop(key, None)
-    for name in (GROUPS, BOUNDARIES):
+    for key, corrects in list(model._forward_hooks.items()):
+        if isinstance(corrects, CorrectOutput):
+            del model._forward_hooks[key]
+            model._forward_hooks_with_kwargs.pop(key, None)
+    for name in (GROUPS, BOUNDARIES, noise_correction.NAME):
         if hasattr(model, name):
             delattr(model, name)
     vars(model).pop(_REPEATED, None)
@@ -244,7 +276,11 @@ def install_skeleton(model: nn.Module, description: Description) -> None:
         )
     for name in (*description.attention, *description.tied, *description.tied.values()):
         _submodule(model, name, nn.Module)
-    install(model, description, layers, groups, torch.empty(description.partitions, device="meta"), None)
+    correction = None
+    if description.noise_correction is not None:
+        correction = NoiseCorrection(*description.noise_correction, device="meta")
+    boundaries = torch.empty(description.partitions, device="meta")
+    install(model, description, layers, groups, boundaries, None, correction)
 
 
 def _submodule(model: nn.Module, name: str, kind: type[Module]) -> Module:
@@ -266,4 +302,4 @@ def is_own(model: nn.Module, name: str) -> bool:
     module = model.get_submodule(owner)
     if isinstance(module, QuantizedLinear):
         return leaf in dict(module.tables()) or (leaf == "weight" and module.layout.rounds_weight)
-    return name == BOUNDARIES or attention.owns(module, leaf)
+    return name == BOUNDARIES or isinstance(module, NoiseCorrection) or attention.owns(module, leaf)

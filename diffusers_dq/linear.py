@@ -57,7 +57,8 @@ class LinearLayout:
     bias_groups, range_groups, shift_groups: rows of the tables of biases, input scales and input shifts; 0 where there
         is no such table (bias_groups 0: an ordinary bias or none), 1 where all groups share a row.
     smooth: the input is divided by a vector online.   rotation_order: of the Hadamard matrix that then mixes its
-        channels, 1 for none.   partition: which entry of TimestepGroups.index applies.
+        channels, 1 for none.   low_rank: rank of a part of the weight that is not rounded, 0 for none.
+    partition: which entry of TimestepGroups.index applies.
     """
 
     weight_bits: int
@@ -71,6 +72,7 @@ class LinearLayout:
     shift_groups: int = 0
     smooth: bool = False
     rotation_order: int = 1
+    low_rank: int = 0
     partition: int = 0
 
     def __post_init__(self) -> None:
@@ -84,7 +86,8 @@ class LinearLayout:
         by_group = self.input_rounding == "group" or self.weight_zero_points or self.input_zero_points
         if by_group and not self.group_size:
             raise ValueError("rounding by group and zero points of groups need a group_size")
-        for name in ("group_size", "bias_groups", "range_groups", "shift_groups", "partition", "rotation_order"):
+        of_tables = "bias_groups", "range_groups", "shift_groups"
+        for name in (*of_tables, "group_size", "rotation_order", "low_rank", "partition"):
             if type(getattr(self, name)) is not int or getattr(self, name) < 0:
                 raise ValueError(f"{name} must be a whole number, got {getattr(self, name)!r}")
         for name in ("smooth", "weight_zero_points", "input_zero_points"):
@@ -120,7 +123,7 @@ class LinearLayout:
     def of_input(self) -> "LinearLayout":
         """What it says of the input alone: equal for linears that do the same to theirs."""
         size = self.group_size if self.input_rounding == "group" else 0
-        return replace(self, weight_bits=8, bias_groups=0, group_size=size, weight_zero_points=False)
+        return replace(self, weight_bits=8, bias_groups=0, group_size=size, weight_zero_points=False, low_rank=0)
 
     def to_dict(self) -> dict[str, Any]:
         """Only what differs from the defaults: config.json holds one a linear."""
@@ -139,6 +142,7 @@ class QuantizedLinear(nn.Linear):
     weight: Parameter, int8 [N, K] for 8 and 6 bits, packed uint8 [N, K / 2] for 4 (packing.py), or floating point
     where not rounded.
     bias: Parameter [N] or None; with timestep groups it gives way to `bias_groups` [G, N].
+    low_rank_down, low_rank_up: Parameters [r, K] and [N, r] or None, of the input as it arrives: y gains x D^T U^T.
     Buffers, fp32 whatever the model is cast to (fp64 where an fp64 weight is not rounded): weight_scale [N], or of
     groups [N, K / g], then perhaps with weight_zero_point int8;
     input_scale [1 or G] and input_zero_point int32 of a static scheme; input_inv_smooth [K], input_shift [1 or G, K]
@@ -158,6 +162,8 @@ class QuantizedLinear(nn.Linear):
     column_scale: Tensor | None
     column_bias: Tensor | None
     partition: Tensor
+    low_rank_down: nn.Parameter | None
+    low_rank_up: nn.Parameter | None
 
     def __init__(
         self,
@@ -183,6 +189,10 @@ class QuantizedLinear(nn.Linear):
         self.weight = nn.Parameter(self._empty_weight(dtype, device), requires_grad=False)
         if bias and not layout.bias_groups:
             self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), requires_grad=False)
+        rank = layout.low_rank
+        for name, shape in (("low_rank_down", (rank, in_features)), ("low_rank_up", (out_features, rank))):
+            factor = nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
+            self.register_parameter(name, factor if rank else None)
 
         def buffer(name: str, shape: tuple[int, ...] | None, dtype: torch.dtype = table, keep: bool = True) -> None:
             tensor = None if shape is None else torch.zeros(shape, dtype=dtype, device=device)
@@ -282,10 +292,25 @@ class QuantizedLinear(nn.Linear):
         self._shared_input = first._shared_input
         self._first_reader = (first,)  # in a tuple: no submodule
 
+    @property
+    def activation_bits(self) -> int:
+        """Of the input in this step; 16 is not rounded."""
+        of_step = self.groups.activation_bits if self.layout.rounds_input else None
+        return self.layout.activation_bits if of_step is None else of_step
+
+    @property
+    def rounds_input(self) -> bool:
+        """In this step."""
+        return self.activation_bits < NOT_ROUNDED
+
     def forward(self, x: Tensor) -> Tensor:
-        if not self.layout.rounds_input:
-            return self._unrounded(x)
-        return self.product(self.rounded(x), x.dtype)
+        output = self.product(self.rounded(x), x.dtype) if self.rounds_input else self._unrounded(x)
+        return output if self.low_rank_down is None else output + self.low_rank_part(x)
+
+    def low_rank_part(self, x: Tensor) -> Tensor:
+        """x D^T U^T, [..., N] of x's dtype."""
+        assert self.low_rank_down is not None and self.low_rank_up is not None
+        return F.linear(F.linear(x, self.low_rank_down.to(x.dtype)), self.low_rank_up.to(x.dtype))
 
     def rounded(self, x: Tensor) -> RoundedInput:
         """x: [..., K] float, as integers: the transform and the rounding of this layer's input."""
@@ -423,17 +448,17 @@ class QuantizedLinear(nn.Linear):
 
     def _transform_arguments(self, group: Tensor) -> tuple[Any, ...]:
         """The last of every op that rounds: what it does to the input first, and to how many bits it rounds."""
-        channels = group, self.input_shift, self.input_inv_smooth, self.layout.activation_bits
+        channels = group, self.input_shift, self.input_inv_smooth, self.activation_bits
         return (
             channels if self.rotation_signs is None else (*channels, self.rotation_signs, self.layout.rotation_order)
         )
 
     def _round_per_tensor(self, u: Tensor, group: Tensor) -> RoundedInput:
         """One scale for the whole input, found now: as if every token had found the same."""
-        qmax = (1 << (self.layout.activation_bits - 1)) - 1
+        qmax = (1 << (self.activation_bits - 1)) - 1
         scale = (u.abs().amax().float() / qmax).clamp(min=torch.finfo(torch.float32).tiny).reshape(1)
         zero_point = torch.zeros(1, dtype=torch.int32, device=u.device)
-        integers = ops.quantize_static(u, scale, zero_point, group, None, None, self.layout.activation_bits)
+        integers = ops.quantize_static(u, scale, zero_point, group, None, None, self.activation_bits)
         return RoundedInput(integers, scale.expand(u.shape[:-1]))
 
     def product(
@@ -500,6 +525,8 @@ class QuantizedLinear(nn.Linear):
             weight = weight * self.input_inv_smooth
         if self.input_shift is not None:
             bias = (0 if bias is None else bias) - self.input_shift[0].to(weight.dtype) @ weight.T
+        if self.low_rank_down is not None and self.low_rank_up is not None:
+            weight = weight + self.low_rank_up.to(weight.dtype) @ self.low_rank_down.to(weight.dtype)
         linear = nn.Linear(self.in_features, self.out_features, bias=bias is not None, device="meta")
         linear.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
         if bias is not None:

@@ -23,6 +23,7 @@ from diffusers_dq.recipe import Recipe
 from diffusers_dq.scheme import QuantScheme
 from diffusers_dq.specs import LinearGroup, ModelSpec, RowUpdate, ValueProjection
 from diffusers_dq.statistics import SiteStatistics, Statistics
+from diffusers_dq.step_policy import StepBits
 from diffusers_dq.timesteps import Boundaries, group_of, refine
 from diffusers_dq.transforms import Chain
 
@@ -124,12 +125,15 @@ class LinearPlan:
 @dataclass(frozen=True)
 class Plan:
     """linears: by module name.   kept: linear that stays in full precision -> reason.
-    attention: Attention module -> operand -> scale [1]."""
+    attention: Attention module -> operand -> scale [1].   apart: linears that reconstruction takes on their own.
+    step_bits: of activations, where they change with the step."""
 
     linears: Mapping[str, LinearPlan]
     kept: Mapping[str, str] = field(default_factory=dict)
     attention: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     attention_bits: int = 8
+    apart: frozenset[str] = frozenset()
+    step_bits: StepBits | None = None
 
     @property
     def partitions(self) -> list[Boundaries]:
@@ -197,17 +201,36 @@ def make_plan(
         if name not in kept
     }
     groups = [group for group in spec.groups if any(name in plans for name in group.linears)]
-    seen = statistics if config.needs_statistics else None
+    seen = (
+        statistics.at(method.calibration_steps(statistics.timesteps))
+        if config.needs_statistics and statistics
+        else None
+    )
     sites = [_site(model, group, plans, spec, seen) for group in groups]
     solution = method.solve(sites, None if seen is None else seen.timesteps)
     for group, site in zip(groups, sites, strict=True):
         _place(group, solution, site.weights[0].shape[1], config, plans)
-        if site.statistics is not None and seen is not None:
-            _use_statistics(group, site.statistics, seen.timesteps, method, solution, plans)
+        if seen is not None and statistics is not None:
+            _use_statistics(group, site, seen.timesteps, method, solution, plans)
             if config.recipe.rounding == "gptq":
-                _use_moments(group, site.statistics, seen.timesteps, plans)
+                _use_moments(group, _statistics_of(group, statistics), statistics.timesteps, plans)
     scales = _attention_scales(spec, config, statistics) if config.quantize_attention else {}
-    return Plan(plans, kept, scales, config.activation_bits)
+    apart = spec.weight_only if method.rounds_conditioning else frozenset()
+    return Plan(plans, kept, scales, config.activation_bits, apart, _step_bits(config, statistics, plans))
+
+
+def _step_bits(config: DQConfig, statistics: Statistics | None, plans: Mapping[str, LinearPlan]) -> StepBits | None:
+    if not config.has_step_policy or statistics is None:
+        return None
+    found = StepBits.of_schedule(statistics.timesteps, config.guard_steps or (0, 0), config.step_bits)
+    static = next((name for name, plan in plans.items() if plan.scheme is not None and not plan.scheme.dynamic), None)
+    fixed = {None, NOT_ROUNDED, config.activation_bits}
+    if found is not None and static is not None and not fixed.issuperset(found.bits):
+        raise ValueError(
+            f"step_bits {config.step_bits}: the static range of {static} is for {config.activation_bits} bits; use 16"
+            " there, or a method with dynamic activations"
+        )
+    return found
 
 
 def _refuse_adapters(model: nn.Module, spec: ModelSpec, kept: Mapping[str, str]) -> None:
@@ -228,7 +251,7 @@ def _first_plan(method: Method, config: DQConfig, name: str, in_features: int, w
     plan = LinearPlan(weight, recipe=recipe)
     if bits.activation == NOT_ROUNDED:
         return plan
-    if weight_only:
+    if weight_only and not method.rounds_conditioning:
         return replace(plan, note="input is one vector a sample: weight only")
     return replace(plan, scheme=method.activation_scheme(bits.activation, in_features, size))
 
@@ -242,7 +265,8 @@ def _site(
 ) -> Site:
     """The group as its method sees it."""
     linears = [model.get_submodule(name) for name in group.linears if name in plans]
-    bits = [plans[name].bits for name in group.linears if name in plans]
+    here = [plans[name] for name in group.linears if name in plans]
+    schemes = [plan.scheme for plan in here if plan.scheme is not None]
     weight_only = spec.weight_only.issuperset(group.linears)
     return Site(
         name=group.name,
@@ -250,7 +274,9 @@ def _site(
         statistics=None if statistics is None else _statistics_of(group, statistics),
         transformable=not weight_only,
         has_producer=group.producer is not None,
-        bits=(min(of.weight for of in bits), min(of.activation for of in bits)),
+        weight_schemes=tuple(plan.weight_scheme for plan in here),
+        scheme=min(schemes, key=lambda scheme: scheme.bits, default=None),
+        low_rank=max((plan.recipe.low_rank for plan in here), default=0),
     )
 
 
@@ -312,7 +338,7 @@ def _obstacle(group: LinearGroup, chain: Chain, config: DQConfig, plans: Mapping
 
 def _use_statistics(
     group: LinearGroup,
-    site: SiteStatistics,
+    site: Site,
     timesteps: Tensor,
     method: Method,
     solution: Solution,
@@ -320,7 +346,8 @@ def _use_statistics(
 ) -> None:
     """Static input ranges and samples; linears of a group that agree on the scheme share one search."""
     chain = solution.chains.get(group.name, Chain())
-    sample = InputSample(site.tokens, timesteps)
+    assert site.statistics is not None
+    sample = InputSample(site.statistics.tokens, timesteps)
     found: dict[QuantScheme, InputRange] = {}
     for name in group.linears:
         if name not in plans:
@@ -330,8 +357,10 @@ def _use_statistics(
         if scheme is None or scheme.dynamic:
             continue
         if scheme not in found:
-            boundaries = method.range_boundaries(chain)
-            found[scheme] = static_range(site, timesteps, chain, scheme, plans[name].recipe.search, boundaries)
+            boundaries = method.range_boundaries(site, chain, timesteps)
+            found[scheme] = static_range(
+                site.statistics, timesteps, chain, scheme, plans[name].recipe.search, boundaries
+            )
         plans[name] = replace(plans[name], input_range=found[scheme])
 
 

@@ -55,20 +55,29 @@ class Recipe:
         error of 80 shrunken ones (Q-Diffusion); "percentile" the least squared error of those that leave out 0.1,
         0.01 or 0.001 percent at either end (RepQ-ViT); "output" is "mse" in which an error in a weight's column counts
         by the size of the inputs it meets.
+    low_rank: rank of a part of the weight that is kept in floating point and multiplied by the unrounded input
+        (SVDQuant, Li et al., ICLR 2025); what is left of the weight is rounded. 0 is none.
     output_correction: make up for the systematic part of the error that rounding leaves in an output: for its mean in
         each timestep group by the bias, for its share of the output itself by the weight scales. Free at run time.
+    noise_correction: take out of the model's prediction what rounding adds to it, as fitted by step on the samples
+        that calibration keeps (PTQD; noise_correction.py).
     """
 
     group_size: int = 0
     rounding: Rounding = "nearest"
     search: RangeSearch = "minmax"
+    low_rank: int = 0
     output_correction: bool = False
+    noise_correction: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self)
         if self.group_size:
             check_group_size(self.group_size)
+        if self.low_rank < 0:
+            raise ValueError(f"low_rank must be at least 0, got {self.low_rank}")
 
     @property
     def needs_statistics(self) -> bool:
-        return self.rounding != "nearest" or self.output_correction or self.search == "output"
+        corrects = self.output_correction or self.noise_correction
+        return self.rounding != "nearest" or corrects or self.search == "output"

@@ -8,8 +8,7 @@ the samples that calibration kept, up to the unit, so memory holds one unit's in
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,14 +21,13 @@ from tqdm.auto import tqdm
 
 from diffusers_dq.adaround import SoftLinear, annealed, cosine
 from diffusers_dq.affine import QuantizedWeight
-from diffusers_dq.building import folded
-from diffusers_dq.denoise import TimestepArgument
+from diffusers_dq.building import folded, low_rank_of
 from diffusers_dq.linear import QuantizedLinear
-from diffusers_dq.model_inputs import ModelInput, moved, timestep_of
+from diffusers_dq.model_inputs import ModelInput, moved
 from diffusers_dq.planning import LinearPlan, Plan
 from diffusers_dq.recipe import Reconstruction
-from diffusers_dq.statistics import Statistics, check_writable
-from diffusers_dq.timesteps import TimestepGroups, boundary_table
+from diffusers_dq.replay import Replay, swapped
+from diffusers_dq.statistics import check_writable
 
 Build = Callable[[str, nn.Linear, LinearPlan], QuantizedLinear]
 
@@ -52,24 +50,15 @@ class Reconstructor:
         model: nn.Module,
         plan: Plan,
         build: Build,
-        groups: TimestepGroups,
-        statistics: Statistics,
+        replay: Replay,
         settings: Reconstruction,
         *,
         identity: Mapping[str, Any],
         checkpoint: str | os.PathLike[str] | None = None,
         seed: int = 0,
     ) -> None:
-        """identity: JSON-able, by which a checkpoint is known to be of this run.
-
-        Raises ValueError without samples.
-        """
-        if not statistics.samples:
-            raise ValueError('rounding="adaround" learns on whole inputs: calibrate with samples=32 or more')
-        self.model, self.plan, self.build, self.groups = model, plan, build, groups
-        self.statistics, self.settings = statistics, settings
-        self.boundaries = boundary_table(plan.partitions)
-        self.timestep = TimestepArgument.of(model).name
+        """identity: JSON-able, by which a checkpoint is known to be of this run."""
+        self.model, self.plan, self.build, self.replay, self.settings = model, plan, build, replay, settings
         self.identity = dict(identity) | {"reconstruction": asdict(settings)}
         self.checkpoint = None if checkpoint is None else check_writable(checkpoint)
         self.seed = seed
@@ -77,7 +66,7 @@ class Reconstructor:
 
     def run(self, progress: bool) -> Plan:
         """The plan with every weight decided."""
-        units = units_of(self.model, self._rounded(), self.settings.unit)
+        units = units_of(self.model, self._rounded(), self.settings.unit, self.plan.apart)
         done = self._resume()
         layers: dict[str, nn.Module] = {}
         bar = tqdm(total=len(units) * self.settings.iterations, desc="reconstruct", unit="it", disable=not progress)
@@ -122,34 +111,29 @@ class Reconstructor:
         linear = self.model.get_submodule(name)
         assert isinstance(linear, nn.Linear) and plan.weight_scheme is not None
         exact, _ = folded(linear, plan)
+        factors = low_rank_of(exact, plan)
+        if factors is not None:
+            exact = exact - factors[1] @ factors[0]
         return SoftLinear(self._layer(name, plan), exact, plan.weight_scheme, plan.scheme)
 
     @torch.no_grad()
     def _passages(self, unit: str, layers: Mapping[str, nn.Module]) -> list[Passage]:
         """What reaches the unit, and leaves it, when the model runs on each sample with `layers` in place."""
-        device = next(self.model.parameters()).device
-        dtypes = self.statistics.dtypes_for(self.model)
         found = []
         with swapped(self.model, layers):
-            for sample in self.statistics.samples:
-                timestep = timestep_of(sample, self.timestep)
-                self._select(timestep)
-                args, kwargs, output = _run_up_to(self.model, unit, moved(sample, device, dtypes))
+            for timestep, sample in self.replay.inputs():
+                args, kwargs, output = _run_up_to(self.model, unit, sample)
                 found.append(Passage(timestep, *moved((args, kwargs, output), "cpu")))
         return found
 
-    def _select(self, timestep: Tensor) -> None:
-        self.groups.select(self.boundaries, timestep, self.statistics.descending)
-
-    def _outputs(self, unit: str, passage: Passage, device: torch.device) -> tuple[Tensor, ...]:
-        self._select(passage.timestep)
-        args, kwargs = moved((passage.args, passage.kwargs), device)
+    def _outputs(self, unit: str, passage: Passage) -> tuple[Tensor, ...]:
+        self.replay.select(passage.timestep)
+        args, kwargs = moved((passage.args, passage.kwargs), self.replay.device)
         return _tensors(self.model.get_submodule(unit)(*args, **kwargs))
 
     @torch.no_grad()
     def _error(self, unit: str, passages: Sequence[Passage]) -> float:
-        device = next(self.model.parameters()).device
-        errors = [float(_loss(self._outputs(unit, passage, device), passage.output)) for passage in passages]
+        errors = [float(_loss(self._outputs(unit, passage), passage.output)) for passage in passages]
         return sum(errors) / len(errors)
 
     @torch.enable_grad()
@@ -158,7 +142,6 @@ class Reconstructor:
     ) -> None:
         """Minimise error / before + rounding_weight * mean undecided: both in units that no model's scale changes."""
         settings = self.settings
-        device = next(self.model.parameters()).device
         scales = [layer.log_input_scale for layer in soft.values() if layer.layer.layout.static]
         weights = [layer.v for layer in soft.values()]
         groups = [{"params": weights, "lr": settings.learning_rate}]
@@ -170,7 +153,7 @@ class Reconstructor:
         pressure = settings.rounding_weight / sum(v.numel() for v in weights)
         for step in range(settings.iterations):
             passage = passages[int(torch.randint(len(passages), (), generator=order))]
-            loss = _loss(self._outputs(unit, passage, device), passage.output) / error
+            loss = _loss(self._outputs(unit, passage), passage.output) / error
             beta = annealed(step, settings.iterations, settings.warmup, settings.beta_start, settings.beta_end)
             if beta is not None:
                 loss = loss + pressure * sum(layer.undecided(beta) for layer in soft.values())
@@ -212,11 +195,10 @@ class Reconstructor:
                 " with the same arguments to resume, or give another checkpoint path to start anew"
             )
         done = {key.rpartition("/")[0] for key in tensors}
-        device = next(self.model.parameters()).device
         for name in done:
             plan = self.linears[name]
             of_weight = {key: tensors.get(f"{name}/{key}") for key in QuantizedWeight._fields}
-            decided = QuantizedWeight(**moved(of_weight, device))
+            decided = QuantizedWeight(**moved(of_weight, self.replay.device))
             found = plan.input_range
             if found is not None:
                 found = replace(found, scale=tensors[f"{name}/input_scale"])
@@ -224,16 +206,19 @@ class Reconstructor:
         return done
 
 
-def units_of(model: nn.Module, linears: Sequence[str], unit: str) -> dict[str, list[str]]:
+def units_of(model: nn.Module, linears: Sequence[str], unit: str, apart: Collection[str] = ()) -> dict[str, list[str]]:
     """Unit -> the linears in it, in the order of the model's modules.
 
-    A block is a member of an outermost nn.ModuleList. A linear outside of all blocks is a unit of its own.
+    A block is a member of an outermost nn.ModuleList. A linear outside of all blocks, or among `apart`, is a unit of
+    its own; those apart come first, for what they put out is the same whatever other units do.
     """
     blocks = [] if unit == "layer" else [f"{name}." for name in _blocks(model)]
     units: dict[str, list[str]] = {}
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
-    for name in sorted(linears, key=order.__getitem__):
-        block = next((block for block in blocks if name.startswith(block)), f"{name}.")
+    for name in sorted(linears, key=lambda name: (name not in apart, order[name])):
+        block = (
+            f"{name}." if name in apart else next((block for block in blocks if name.startswith(block)), f"{name}.")
+        )
         units.setdefault(block[:-1], []).append(name)
     return units
 
@@ -244,19 +229,6 @@ def _blocks(module: nn.Module, prefix: str = "") -> Iterator[str]:
             yield from (f"{prefix}{name}.{i}" for i in range(len(child)))
         else:
             yield from _blocks(child, f"{prefix}{name}.")
-
-
-@contextmanager
-def swapped(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """The model with other modules under these names, for the time being."""
-    originals = {name: model.get_submodule(name) for name in modules}
-    try:
-        for name, module in modules.items():
-            model.set_submodule(name, module)
-        yield
-    finally:
-        for name, module in originals.items():
-            model.set_submodule(name, module)
 
 
 class _Reached(Exception):

@@ -7,7 +7,7 @@ Notation: S calibrated steps in the order the pipeline visited them, K channels,
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,18 @@ class SiteStatistics:
             return always
         return always | {"sums": self.sums, "counts": self.counts, "products": self.products}
 
+    def at(self, steps: Tensor) -> "SiteStatistics":
+        """Of some of the steps, [S] bool. The products stay those of all: they are not kept by step."""
+        return replace(
+            self,
+            minimum=self.minimum[steps],
+            maximum=self.maximum[steps],
+            tokens=self.tokens[steps],
+            keys=self.keys[steps],
+            sums=None if self.sums is None else self.sums[steps],
+            counts=None if self.counts is None else self.counts[steps],
+        )
+
     @property
     def visited(self) -> Tensor:
         """[S] bool: the steps in which the site was reached."""
@@ -75,6 +87,14 @@ class Statistics:
     def __repr__(self) -> str:
         about = f"{self.about.get('model_class')}, {len(self.timesteps)} timesteps, {len(self.sites)} sites"
         return f"Statistics({about}, {self.about.get('calls_done', 0)} calls)"
+
+    def at(self, steps: Tensor) -> "Statistics":
+        """As if only some of the steps had been calibrated, [S] bool. Raises ValueError for none."""
+        if not steps.any():
+            raise ValueError(f"none of the {len(self.timesteps)} calibrated steps was chosen")
+        return replace(
+            self, timesteps=self.timesteps[steps], sites={name: site.at(steps) for name, site in self.sites.items()}
+        )
 
     @property
     def descending(self) -> bool:

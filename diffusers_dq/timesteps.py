@@ -118,9 +118,12 @@ class TimestepGroups(nn.Module):
 
     `select` writes it in place from the model's timestep argument: no host synchronisation, no Python number, so one
     compiled graph or CUDA graph serves all steps. A model forward pre-hook calls it.
+    activation_bits: of this step, where they change with it (step_policy.py): a Python number, so that torch.compile
+    makes a graph for each.
     """
 
     index: Tensor
+    activation_bits: int | None = None
 
     def __init__(self, partitions: int = 1) -> None:
         super().__init__()

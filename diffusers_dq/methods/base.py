@@ -12,11 +12,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from diffusers_dq import affine
 from diffusers_dq.checks import check_fields
+from diffusers_dq.low_rank import low_rank_factors
 from diffusers_dq.recipe import Recipe
 from diffusers_dq.registry import Registry
 from diffusers_dq.scheme import QuantScheme, fitting_group
 from diffusers_dq.statistics import SiteStatistics
+from diffusers_dq.timesteps import Boundaries
 from diffusers_dq.transforms import Chain
 
 
@@ -28,7 +31,8 @@ class Site:
     statistics: of the group's input, where the method needs them and the input is ever rounded.
     transformable: whether a change of its input can help: not where the input is never rounded.
     has_producer: whether something upstream could carry a change.
-    bits: of weight and input, the fewest of the group's linears; 16 is not rounded.
+    weight_schemes: how each weight is to be rounded, None where it is not.   scheme: of the input, likewise, that of
+        fewest bits where linears differ.   low_rank: rank of what is kept apart from the rounded weight (Recipe).
     """
 
     name: str
@@ -36,7 +40,9 @@ class Site:
     statistics: SiteStatistics | None
     transformable: bool
     has_producer: bool
-    bits: tuple[int, int] = (8, 8)
+    weight_schemes: tuple[QuantScheme | None, ...] = ()
+    scheme: QuantScheme | None = None
+    low_rank: int = 0
 
     def weight_max(self) -> Tensor:
         """[K] fp32, max over the rows of all the weights of |W[:, k]|."""
@@ -47,6 +53,42 @@ class Site:
         if self.statistics is None:
             raise ValueError(f"{self.name}: no statistics of its input; the method has to ask for them")
         return torch.maximum(self.statistics.maximum, -self.statistics.minimum)
+
+    def tokens(self, most: int = 256) -> Tensor:
+        """[n, K] fp32, tokens of the input, evenly from all steps. Raises ValueError without statistics."""
+        if self.statistics is None:
+            raise ValueError(f"{self.name}: no statistics of its input; the method has to ask for them")
+        tokens = self.statistics.tokens.flatten(0, 1)
+        return tokens[:: -(-len(tokens) // most)].float()
+
+    def output_error(self, chain: Chain) -> float:
+        """sum |x W^T - u^ W'^^T|^2 over sampled tokens and the site's linears, weights rounded to nearest.
+
+        A static input counts as rounded by ranges of all the sampled tokens. chain: one that no timestep changes.
+        """
+        tokens = self.tokens()
+        u = chain.forward(tokens[None], torch.zeros(1, dtype=torch.int64))[0]
+        u_rounded = u if self.scheme is None else _rounded_input(u, self.scheme)
+        error = 0.0
+        for weight, scheme in zip(self.weights, self.weight_schemes, strict=True):
+            weight = weight.float().cpu()
+            folded, _ = chain.fold(weight, weight.new_zeros(1, len(weight)))
+            output = tokens @ weight.T
+            if self.low_rank:
+                down, up = low_rank_factors(folded, self.low_rank)
+                folded = folded - up @ down
+                output -= u @ down.T @ up.T
+            if scheme is not None:
+                folded = affine.quantize_weight(folded, scheme).dequantized()
+            error += float((output - u_rounded @ folded.T).square().sum())
+        return error
+
+
+def _rounded_input(u: Tensor, scheme: QuantScheme) -> Tensor:
+    if scheme.dynamic:
+        return affine.rounded_dynamic(u, scheme)
+    scale, zero_point = affine.affine_parameters(u.amin(), u.amax(), scheme)
+    return affine.rounded(u, scale, zero_point, scheme)
 
 
 @dataclass(frozen=True)
@@ -98,7 +140,16 @@ class Method(ABC):
             return QuantScheme(bits=bits, granularity="channel")
         return QuantScheme(bits=bits, granularity="group", symmetric=bits > 4, group_size=size)
 
-    def range_boundaries(self, chain: Chain) -> tuple[float, ...]:
+    @property
+    def rounds_conditioning(self) -> bool:
+        """Whether linears that run on one vector a sample have their input rounded too: they gain nothing in speed."""
+        return False
+
+    def calibration_steps(self, timesteps: Tensor) -> Tensor:
+        """[S] bool: the calibrated steps that `solve` and static ranges are to see, of timesteps [S]."""
+        return torch.ones_like(timesteps, dtype=torch.bool)
+
+    def range_boundaries(self, site: Site, chain: Chain, timesteps: Tensor) -> Boundaries:
         """Timestep partition of the static activation ranges of a site with this chain; () for one range."""
         return ()
 

@@ -64,7 +64,7 @@ class HTG(Method):
     def activation_scheme(self, bits: int, in_features: int, group_size: int) -> QuantScheme:
         return QuantScheme(bits=bits, granularity="tensor", symmetric=False)
 
-    def range_boundaries(self, chain: Chain) -> Boundaries:
+    def range_boundaries(self, site: Site, chain: Chain, timesteps: Tensor) -> Boundaries:
         return chain.boundaries if self.options.ranges == "group" else ()
 
     def solve(self, sites: Sequence[Site], timesteps: Tensor | None) -> Solution:

@@ -5,17 +5,15 @@
 
 s takes out the imbalance of channels that is there at every step, the rotation R spreads what changes with the step.
 Weights are rounded once, after both (the released code rounds them after each). The paper's W4A8 rows are mixed
-precision besides, by metric: that allocation is not here yet, and this is its static-dynamic row.
+precision besides: diffusers_dq/search allocates bits by metric, and without it this is the static-dynamic row.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
-from diffusers_dq.affine import quantize_weight, rounded_dynamic
 from diffusers_dq.balancing import balance
 from diffusers_dq.methods.base import (
     METHODS,
@@ -30,7 +28,6 @@ from diffusers_dq.scheme import QuantScheme
 from diffusers_dq.transforms import NOT_ROTATED, Chain, Rotate, Scale
 
 ALPHAS = tuple(i / 10 for i in range(11))
-_TOKENS = 256  # of a site's sample, in the search for alpha
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +55,7 @@ class ViDiTQOptions(MethodOptions):
 @METHODS.register("viditq")
 class ViDiTQ(Method):
     Options: ClassVar[type[MethodOptions]] = ViDiTQOptions
-    summary = "static scaling, alpha searched a site, then a rotation; activations dynamic; no mixed precision so far"
+    summary = "static scaling, alpha searched a site, then a rotation; activations dynamic; bits can be allocated"
     options: ViDiTQOptions
 
     def activation_scheme(self, bits: int, in_features: int, group_size: int) -> QuantScheme:
@@ -85,22 +82,4 @@ class ViDiTQ(Method):
 
         if self.options.alpha is not None:
             return chain(self.options.alpha)
-        return min((chain(alpha) for alpha in ALPHAS), key=lambda candidate: output_error(site, candidate))
-
-
-def output_error(site: Site, chain: Chain) -> float:
-    """sum |x W^T - u^ W'^^T|^2 over up to 256 sampled tokens and the site's linears, both rounded to its bits."""
-    assert site.statistics is not None
-    tokens = site.statistics.tokens.flatten(0, 1).float()
-    tokens = tokens[:: -(-len(tokens) // _TOKENS)]
-    u = chain.forward(tokens[None], torch.zeros(1, dtype=torch.int64))[0]
-    weight_bits, activation_bits = site.bits
-    u_rounded = u if activation_bits > 8 else rounded_dynamic(u, token_or_tensor(activation_bits, dynamic=True))
-    error = 0.0
-    for weight in site.weights:
-        weight = weight.float().cpu()
-        folded, _ = chain.fold(weight, weight.new_zeros(1, len(weight)))
-        if weight_bits <= 8:
-            folded = quantize_weight(folded, QuantScheme(bits=weight_bits, granularity="channel")).dequantized()
-        error += float((tokens @ weight.T - u_rounded @ folded.T).square().sum())
-    return error
+        return min((chain(alpha) for alpha in ALPHAS), key=site.output_error)

@@ -39,5 +39,10 @@ class Rotate:
     def forward(self, x: Tensor, group: Tensor) -> Tensor:
         return ops.rotate(x, self.signs.to(x.device), self.order)
 
+    def inverse(self, u: Tensor) -> Tensor:
+        """u R^T. H is symmetric: its product again, then the signs."""
+        unsigned = torch.ones_like(self.signs).to(u.device)
+        return ops.rotate(u, unsigned, self.order) * self.signs.to(u)
+
     def fold(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         return ops.rotate(weight, self.signs.to(weight.device), self.order), bias

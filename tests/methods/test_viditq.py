@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from diffusers_dq.methods import METHODS, Site
-from diffusers_dq.methods.viditq import ALPHAS, output_error
+from diffusers_dq.methods.viditq import ALPHAS
+from diffusers_dq.scheme import QuantScheme
 from diffusers_dq.statistics import SiteStatistics
 from diffusers_dq.transforms import Chain
 
@@ -22,7 +23,9 @@ def site(producer: bool = True, bits: tuple[int, int] = (4, 8)) -> Site:
     x[0, :, 0] *= 2
     statistics = SiteStatistics((), x.amin(1), x.amax(1), x[:, :8].bfloat16(), torch.zeros(STEPS, 8))
     weight = torch.randn(16, K, generator=generator)
-    return Site("a", (weight,), statistics, transformable=True, has_producer=producer, bits=bits)
+    of_weight = QuantScheme(bits=bits[0], granularity="channel")
+    of_input = None if bits[1] > 8 else QuantScheme(bits=bits[1], granularity="token", dynamic=True)
+    return Site("a", (weight,), statistics, True, has_producer=producer, weight_schemes=(of_weight,), scheme=of_input)
 
 
 def chain_of(site: Site, **options) -> Chain:
@@ -53,19 +56,19 @@ def test_input_and_weight_together_compute_the_same():
 @pytest.mark.parametrize("bits", [(4, 8), (8, 4), (4, 16)])
 def test_the_search_finds_the_best_alpha(bits):
     s = site(bits=bits)
-    errors = {alpha: output_error(s, chain_of(s, alpha=alpha)) for alpha in ALPHAS}
-    assert output_error(s, chain_of(s)) == min(errors.values()) < max(errors.values())
+    errors = {alpha: s.output_error(chain_of(s, alpha=alpha)) for alpha in ALPHAS}
+    assert s.output_error(chain_of(s)) == min(errors.values()) < max(errors.values())
 
 
 def test_balancing_and_rotating_is_better_than_either():
     """As in the paper's ablation, here by the error of one linear with an outlier channel."""
     s = site(bits=(4, 4))
     alone = (
-        output_error(s, chain_of(s, rotate=False)),
-        output_error(s, METHODS["quarot"](METHODS["quarot"].Options()).solve([s], None).chains["a"]),
+        s.output_error(chain_of(s, rotate=False)),
+        s.output_error(METHODS["quarot"](METHODS["quarot"].Options()).solve([s], None).chains["a"]),
     )
-    both = output_error(s, chain_of(s))
-    assert both < min(alone) < output_error(s, Chain())
+    both = s.output_error(chain_of(s))
+    assert both < min(alone) < s.output_error(Chain())
 
 
 def test_what_nothing_upstream_carries_is_still_rotated():

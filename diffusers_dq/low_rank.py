@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The part of a weight that few directions hold (SVDQuant, Li et al., ICLR 2025; arXiv 2411.05007)."""
+
+import torch
+from torch import Tensor
+
+
+def low_rank_factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """(D [r, K], U [N, r]) such that U D is the best approximation of weight [N, K] of that rank (Eckart and Young).
+
+    In fp64, of the weight's dtype; r is at most min(N, K). From the eigenvectors of the smaller of W^T W and W W^T,
+    which for a few leading directions are as good as those of a decomposition of W, and much quicker.
+    """
+    w = weight.double()
+    if w.shape[0] < w.shape[1]:
+        down, up = low_rank_factors(weight.T, rank)
+        return up.T, down.T
+    _, vectors = torch.linalg.eigh(w.T @ w)  # ascending
+    leading = vectors[:, -rank:]  # [K, r]
+    return leading.T.to(weight.dtype), (w @ leading).to(weight.dtype)
