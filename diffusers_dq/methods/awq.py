@@ -53,7 +53,7 @@ class AWQ(Method):
         return Solution({site.name: self._chain(site) for site in sites_to_transform(sites, self.options.online)})
 
     def _chain(self, site: Site) -> Chain:
-        size = site.tokens().abs().mean(0)
+        size = site.tokens().abs().mean((0, 1))
         return min((Chain((Scale(importance(size, alpha)),)) for alpha in ALPHAS), key=site.output_error)
 
 

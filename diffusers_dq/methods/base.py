@@ -18,8 +18,9 @@ from diffusers_dq.low_rank import low_rank_factors
 from diffusers_dq.recipe import Recipe
 from diffusers_dq.registry import Registry
 from diffusers_dq.scheme import QuantScheme, fitting_group
+from diffusers_dq.shifting import midpoints
 from diffusers_dq.statistics import SiteStatistics
-from diffusers_dq.timesteps import Boundaries
+from diffusers_dq.timesteps import Boundaries, group_of
 from diffusers_dq.transforms import Chain
 
 
@@ -54,26 +55,36 @@ class Site:
             raise ValueError(f"{self.name}: no statistics of its input; the method has to ask for them")
         return torch.maximum(self.statistics.maximum, -self.statistics.minimum)
 
-    def tokens(self, most: int = 256) -> Tensor:
-        """[n, K] fp32, tokens of the input, evenly from all steps. Raises ValueError without statistics."""
+    def midpoints(self) -> Tensor:
+        """[S, K] fp32, the middle of each channel's range at each step. Raises ValueError without statistics."""
         if self.statistics is None:
             raise ValueError(f"{self.name}: no statistics of its input; the method has to ask for them")
-        tokens = self.statistics.tokens.flatten(0, 1)
-        return tokens[:: -(-len(tokens) // most)].float()
+        return midpoints(self.statistics.minimum, self.statistics.maximum)
 
-    def output_error(self, chain: Chain) -> float:
-        """sum |x W^T - u^ W'^^T|^2 over sampled tokens and the site's linears, weights rounded to nearest.
+    def tokens(self, most: int = 256) -> Tensor:
+        """[S, R, K] fp32, as many tokens of each step as make `most`, at least one. Raises ValueError without any."""
+        if self.statistics is None:
+            raise ValueError(f"{self.name}: no statistics of its input; the method has to ask for them")
+        tokens = self.statistics.tokens
+        return tokens[:, : max(1, most // len(tokens))].float()
 
-        A static input counts as rounded by ranges of all the sampled tokens. chain: one that no timestep changes.
+    def output_error(self, chain: Chain, timesteps: Tensor | None = None) -> float:
+        """sum |x W^T - u^ W'^^T - b'_g|^2 over sampled tokens and the site's linears, weights rounded to nearest.
+
+        A static input counts as rounded by the range of all the sampled tokens. timesteps: [S], for a chain that
+        changes with them.
         """
         tokens = self.tokens()
-        u = chain.forward(tokens[None], torch.zeros(1, dtype=torch.int64))[0]
+        group = torch.zeros(len(tokens), dtype=torch.int64)
+        if timesteps is not None:
+            group = group_of(timesteps, chain.boundaries)
+        u = chain.forward(tokens, group)
         u_rounded = u if self.scheme is None else _rounded_input(u, self.scheme)
         error = 0.0
         for weight, scheme in zip(self.weights, self.weight_schemes, strict=True):
             weight = weight.float().cpu()
-            folded, _ = chain.fold(weight, weight.new_zeros(1, len(weight)))
-            output = tokens @ weight.T
+            folded, bias = chain.fold(weight, weight.new_zeros(1, len(weight)))
+            output = tokens @ weight.T - bias.expand(int(group.max()) + 1, -1)[group][:, None]
             if self.low_rank:
                 down, up = low_rank_factors(folded, self.low_rank)
                 folded = folded - up @ down

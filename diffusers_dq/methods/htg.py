@@ -19,7 +19,8 @@ from diffusers_dq.balancing import balance
 from diffusers_dq.methods.base import METHODS, Method, MethodOptions, Site, Solution, sites_to_transform
 from diffusers_dq.recipe import Recipe
 from diffusers_dq.scheme import QuantScheme
-from diffusers_dq.timesteps import Boundaries, Linkage, boundaries_of, group_of, partition
+from diffusers_dq.shifting import group_means, group_steps
+from diffusers_dq.timesteps import Boundaries, Linkage, group_of
 from diffusers_dq.transforms import Chain, Scale, Shift
 
 
@@ -72,31 +73,17 @@ class HTG(Method):
         if timesteps is None:
             raise ValueError("htg needs statistics")
         changed = sites_to_transform(sites, self.options.online)
-        shifts = {site.name: _midpoints(site) for site in changed}
-        boundaries = self._boundaries(shifts, timesteps)
+        shifts = {site.name: site.midpoints() for site in changed}
+        options = self.options
+        boundaries = group_steps(shifts, timesteps, options.groups, options.linkage, options.scope)
         chains = {
             site.name: self._chain(site, shifts[site.name], timesteps, boundaries[site.name]) for site in changed
         }
         return Solution(chains)
 
-    def _boundaries(self, shifts: dict[str, Tensor], timesteps: Tensor) -> dict[str, Boundaries]:
-        """Eq. 3 for each site, or once for all sites side by side, each in units of its own spread."""
-        ascending, order = timesteps.sort()
-        groups = self.options.groups or max(1, len(timesteps) // 10)
-
-        def cut(z: Tensor) -> Boundaries:
-            return boundaries_of(ascending, partition(z[order], groups, self.options.linkage))
-
-        if self.options.scope == "layer":
-            return {name: cut(z) for name, z in shifts.items()}
-        if not shifts:
-            return {}
-        together = cut(torch.cat([_normalized(z) for z in shifts.values()], dim=1))
-        return dict.fromkeys(shifts, together)
-
     def _chain(self, site: Site, z: Tensor, timesteps: Tensor, boundaries: Boundaries) -> Chain:
         group = group_of(timesteps, boundaries)  # [T]
-        z_bar = torch.stack([z[group == g].mean(0) for g in range(len(boundaries) + 1)])  # [G, K], Eq. 4
+        z_bar = group_means(z, timesteps, boundaries)  # [G, K]
         statistics = site.statistics
         assert statistics is not None
         high, low = statistics.maximum - z_bar[group], statistics.minimum - z_bar[group]
@@ -107,18 +94,6 @@ class HTG(Method):
     def _alpha(self, steps: int) -> float:
         reference = self.options.ema_steps
         return self.options.ema if reference is None else self.options.ema ** (reference / steps)
-
-
-def _midpoints(site: Site) -> Tensor:
-    """z_t = (max X_t + min X_t) / 2, [T, K]   (Eq. 2)."""
-    assert site.statistics is not None
-    return (site.statistics.maximum + site.statistics.minimum) / 2
-
-
-def _normalized(z: Tensor) -> Tensor:
-    """In units of the site's own variation over the steps, so that no layer outvotes the rest by its units."""
-    spread = (z - z.mean(0)).square().mean().sqrt()
-    return z / spread.clamp(min=torch.finfo(z.dtype).tiny) if spread > 0 else torch.zeros_like(z)
 
 
 def ema(magnitude: Tensor, alpha: float) -> Tensor:

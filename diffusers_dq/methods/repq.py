@@ -56,6 +56,6 @@ class RepQ(Method):
 def _chain(site: Site) -> Chain:
     """Ranges of channels are found on the sampled tokens, and the tensor's by the planner, on u."""
     scheme = site.scheme or QuantScheme(bits=8, granularity="tensor", symmetric=False)
-    scale, zero_point = percentile_range(site.tokens(most=1 << 14).T.contiguous(), scheme)  # [K] each
+    scale, zero_point = percentile_range(site.tokens(most=1 << 14).flatten(0, 1).T.contiguous(), scheme)  # [K] each
     zero = zero_point.float()
     return Chain((Shift((scale * (zero.mean() - zero))[None]), Scale(scale / scale.mean())))
