@@ -242,6 +242,7 @@ def _bias_correction(
     if not plan.recipe.output_correction or plan.sample is None:
         return None
     rounded = weight.dequantized(torch.float64)
+    exact_means = None if plan.moments is None else plan.moments.means(plan.chain, plan.boundaries)
     rows = []
     for g, u in enumerate(_by_group(plan.sample.transformed(plan.chain), plan)):
         u_rounded = u
@@ -249,6 +250,8 @@ def _bias_correction(
             row = min(g, len(tables["input_scale"]) - 1)
             scale, zero_point = tables["input_scale"][row], tables["input_zero_point"][row]
             u_rounded = affine.rounded(u, scale, zero_point, plan.scheme)
-        means = (part.mean(dim=(0, 1)).to(exact) for part in (u, u_rounded))
-        rows.append(next(means) @ exact.T - next(means) @ rounded.T)
+        mean, mean_rounded = (part.double().mean(dim=(0, 1)).to(exact) for part in (u, u_rounded))
+        if exact_means is not None:  # of every token; the sample then tells of the rounding alone
+            mean, mean_rounded = exact_means[g].to(exact), exact_means[g].to(exact) + mean_rounded - mean
+        rows.append(mean @ exact.T - mean_rounded @ rounded.T)
     return torch.stack(rows)

@@ -18,6 +18,7 @@ from diffusers_dq.checks import check_argument
 from diffusers_dq.linear import NOT_ROUNDED, Bits
 from diffusers_dq.methods import Method
 from diffusers_dq.methods.base import make_method
+from diffusers_dq.presets import Preset, settings_of
 from diffusers_dq.recipe import Recipe, Reconstruction, Rounding
 from diffusers_dq.step_policy import from_runtime, to_runtime
 
@@ -35,7 +36,9 @@ class DQMethod(str, Enum):
 class DQConfig(QuantizationConfigMixin):
     """How to quantize a diffusion transformer.
 
-    method: a name of `dq.methods()`.   weight_bits: 4, 6, 8 or 16;   activation_bits: 4 to 8 or 16; 16 is not rounded,
+    method: a name of `dq.methods()`.   preset: settings by name (presets.py): "quality", "balanced" or "speed" without
+        a method, or "paper" for what a method's paper does where the defaults here differ. What else is given stands.
+    weight_bits: 4, 6, 8 or 16;   activation_bits: 4 to 8 or 16; 16 is not rounded,
         so activation_bits=16 is weight-only, and 16 with 16 applies the method's transforms and rounds nothing.
     modules_to_not_convert: a module whose dotted name contains one of these strings stays as it is; None is the
         architecture's own list, [] converts every linear that the architecture's spec knows.
@@ -56,7 +59,7 @@ class DQConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
-        method: str,
+        method: str | None = None,
         weight_bits: int = 8,
         activation_bits: int = 8,
         modules_to_not_convert: Sequence[str] | None = None,
@@ -64,6 +67,7 @@ class DQConfig(QuantizationConfigMixin):
         quantize_attention: bool = False,
         statistics: str | os.PathLike[str] | None = None,
         *,
+        preset: Preset | None = None,
         group_size: int | None = None,
         rounding: Rounding | None = None,
         search: RangeSearch | None = None,
@@ -91,7 +95,10 @@ class DQConfig(QuantizationConfigMixin):
                 f"the model was saved in format {format_version}, this diffusers_dq reads up to {FORMAT_VERSION}:"
                 " upgrade diffusers_dq"
             )
-        check_argument("method", method, str)
+        check_argument("preset", preset, Preset | None)
+        if preset is None:
+            check_argument("method", method, str)
+        settings: dict[str, Any] = {"method": method} if preset is None else settings_of(preset, method)
         check_argument("quantize_attention", quantize_attention, bool)
         check_argument("reconstruction", reconstruction, Mapping | None)
         check_argument("statistics", statistics, str | os.PathLike | None)
@@ -105,7 +112,7 @@ class DQConfig(QuantizationConfigMixin):
             )
         self.quant_method = DQMethod.DIFFUSERS_DQ
         self.format_version = format_version
-        self.method = method
+        self.method: str = settings.pop("method")
         self.weight_bits = weight_bits
         self.activation_bits = activation_bits
         self.modules_to_not_convert = None if modules_to_not_convert is None else list(modules_to_not_convert)
@@ -123,7 +130,16 @@ class DQConfig(QuantizationConfigMixin):
         self.statistics = None if statistics is None else os.fspath(statistics)
         self.options = dict(options)
         self.result = None if result is None else copy.deepcopy(dict(result))
+        self._fill_in(settings)
         self._check()
+
+    def _fill_in(self, settings: Mapping[str, Any]) -> None:
+        """A preset's, wherever nothing else was said."""
+        for name, value in settings.items():
+            if not hasattr(self, name):
+                self.options.setdefault(name, value)
+            elif getattr(self, name) is None or getattr(self, name) is False:
+                setattr(self, name, value)
 
     def _check(self) -> None:
         self.recipe_of("")  # raises where method, options or recipe are wrong

@@ -42,8 +42,10 @@ class NoiseCorrection(nn.Module):
         self.register_buffer("variance", torch.zeros(steps, channels, device=device))
 
     def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
-        """sample: [n, C or more, ...], or [n, tokens, C].   timestep: [n] or one for all."""
-        step = (self.timesteps - timestep.reshape(-1, 1).to(self.timesteps)).abs().argmin(1)  # [n]
+        """sample: [n, C or more, ...], or [n, tokens, C].   timestep: [n], one for all, or [n, tokens], of which the
+        largest counts, as in `fit`."""
+        timestep = timestep.reshape(len(timestep) if timestep.ndim else 1, -1).amax(1, keepdim=True)
+        step = (self.timesteps - timestep.to(self.timesteps)).abs().argmin(1)  # [n]
         channels = self.mean.shape[1]
         axis = _channel_axis(sample)
         noise = sample.narrow(axis, 0, channels)
@@ -88,9 +90,13 @@ def fit(pairs: Iterable[tuple[Tensor, Tensor, Tensor]], in_channels: int) -> Noi
 
 
 def _fit_step(exact: Tensor, quantized: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(k, mean [C], variance [C]) of quantized = (1 + k) exact + r, [C, values] each, by least squares over all."""
+    """(k, mean [C], variance [C]) of quantized = (1 + k) exact + r, [C, values] each, by least squares over all.
+
+    Each channel about its own mean: channels that differ in E[r] as they do in E[exact] are no slope.
+    """
     error = quantized - exact
-    centred, error_centred = exact - exact.mean(), error - error.mean()
+    centred = exact - exact.mean(1, keepdim=True)
+    error_centred = error - error.mean(1, keepdim=True)
     slope = (centred * error_centred).sum() / centred.square().sum().clamp(min=torch.finfo(exact.dtype).tiny)
     rest = error - slope * exact
     return slope, rest.mean(1), rest.var(1, correction=0)
@@ -124,6 +130,11 @@ class PTQDScheduler(DDPMScheduler):
         correction = getattr(transformer, NAME, None)
         if not isinstance(correction, NoiseCorrection):
             raise ValueError(f'{type(transformer).__name__} has no noise correction: quantize it with method="ptqd"')
+        if self.config.prediction_type != "epsilon":
+            raise ValueError(
+                f"prediction_type is {self.config.prediction_type!r}; the variance is known of a predicted noise,"
+                " 'epsilon'"
+            )
         self._timesteps = correction.timesteps.cpu()
         self._variance = (correction.variance.mean(1) / (1 + correction.slope).square()).cpu()
         return self

@@ -10,7 +10,9 @@ Notation: K in_features, G timestep groups, S calibrated steps, R tokens a step.
 
 import fnmatch
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +22,12 @@ from diffusers_dq.config import Bits, DQConfig
 from diffusers_dq.linear import NOT_ROUNDED
 from diffusers_dq.methods import Method, Site, Solution
 from diffusers_dq.recipe import Recipe
+from diffusers_dq.replay import Replay
 from diffusers_dq.scheme import QuantScheme
 from diffusers_dq.specs import LinearGroup, ModelSpec, RowUpdate, ValueProjection
 from diffusers_dq.statistics import SiteStatistics, Statistics
 from diffusers_dq.step_policy import StepBits
-from diffusers_dq.timesteps import Boundaries, group_of, refine
+from diffusers_dq.timesteps import Boundaries, TimestepGroups, group_of, refine
 from diffusers_dq.transforms import Chain
 
 _MOST_VALUES = 1 << 18  # that a range search looks at, spread evenly over steps and tokens
@@ -59,6 +62,18 @@ class InputMoments:
     sums: Tensor
     counts: Tensor
     timesteps: Tensor
+
+    def means(self, chain: Chain, boundaries: Boundaries) -> Tensor:
+        """E[u] of u = T_g(x) over the tokens of each group of a partition that refines the chain's, [G, K] fp64."""
+        group = group_of(self.timesteps, boundaries)
+        count = self.counts.double()[:, None]
+        means = []
+        for g in range(len(boundaries) + 1):
+            steps = group == g
+            x = self.sums[steps].double() / count[steps]
+            u = chain.forward(x, group_of(self.timesteps[steps], chain.boundaries))
+            means.append((u * count[steps]).sum(0) / count[steps].sum())
+        return torch.stack(means)
 
     def transformed(self, chain: Chain, centred: Boundaries | None = None) -> Tensor:
         """sum u u^T of u = T_g(x), [K, K] fp64; with `centred` about the mean of u in each group of that partition.
@@ -206,7 +221,8 @@ def make_plan(
         if config.needs_statistics and statistics
         else None
     )
-    sites = [_site(model, group, plans, spec, seen) for group in groups]
+    maxima = None if seen is None else _SampleMaxima(model, seen, [group.name for group in groups])
+    sites = [_site(model, group, plans, spec, seen, maxima) for group in groups]
     solution = method.solve(sites, None if seen is None else seen.timesteps)
     for group, site in zip(groups, sites, strict=True):
         _place(group, solution, site.weights[0].shape[1], config, plans)
@@ -262,6 +278,7 @@ def _site(
     plans: Mapping[str, LinearPlan],
     spec: ModelSpec,
     statistics: Statistics | None,
+    maxima: "_SampleMaxima | None",
 ) -> Site:
     """The group as its method sees it."""
     linears = [model.get_submodule(name) for name in group.linears if name in plans]
@@ -277,7 +294,31 @@ def _site(
         weight_schemes=tuple(plan.weight_scheme for plan in here),
         scheme=min(schemes, key=lambda scheme: scheme.bits, default=None),
         low_rank=max((plan.recipe.low_rank for plan in here), default=0),
+        sample_maxima=None if maxima is None else partial(maxima.of, group.name),
     )
+
+
+class _SampleMaxima:
+    """Largest absolute values of each picture in the kept samples, by site; the model runs once, when first asked."""
+
+    def __init__(self, model: nn.Module, statistics: Statistics, sites: Sequence[str]) -> None:
+        self.model, self.statistics, self.sites = model, statistics, sites
+        self._found: dict[str, list[Tensor]] = {}
+
+    def of(self, site: str) -> Tensor:
+        """[n, K] fp32."""
+        if not self._found:
+            with ExitStack() as stack:
+                for name in self.sites:
+                    module = self.model.get_submodule(name)
+                    stack.callback(module.register_forward_pre_hook(partial(self._observe, name)).remove)
+                Replay(self.model, self.statistics, TimestepGroups(), [()]).outputs({})
+        return torch.cat(self._found[site])
+
+    def _observe(self, site: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x = args[0].detach()
+        largest = x.flatten(1, -2).abs().amax(1) if x.ndim > 2 else x.abs()
+        self._found.setdefault(site, []).append(largest.float().cpu())
 
 
 def _statistics_of(group: LinearGroup, statistics: Statistics) -> SiteStatistics:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from diffusers_dq.denoise import TimestepArgument
 from diffusers_dq.model_inputs import ModelInput, moved, timestep_of
 from diffusers_dq.statistics import Statistics
+from diffusers_dq.step_policy import StepBits
 from diffusers_dq.timesteps import Boundaries, TimestepGroups, boundary_table
 
 
@@ -18,9 +19,14 @@ class Replay:
     """The model is as it was whenever no method of this class is running."""
 
     def __init__(
-        self, model: nn.Module, statistics: Statistics, groups: TimestepGroups, partitions: Sequence[Boundaries]
+        self,
+        model: nn.Module,
+        statistics: Statistics,
+        groups: TimestepGroups,
+        partitions: Sequence[Boundaries],
+        step_bits: StepBits | None = None,
     ) -> None:
-        """groups, partitions: those that layers in place of the model's own read.
+        """groups, partitions: those that layers in place of the model's own read.   step_bits: of their activations.
 
         Raises ValueError where calibration kept no inputs.
         """
@@ -29,10 +35,14 @@ class Replay:
         self.model, self.statistics, self.groups = model, statistics, groups
         self.device = next(model.parameters()).device
         self._boundaries = boundary_table(partitions)
+        self._step_bits = step_bits
         self._timestep = TimestepArgument.of(model).name
 
     def select(self, timestep: Tensor) -> None:
-        self.groups.select(self._boundaries, timestep, self.statistics.descending)
+        descending = self.statistics.descending
+        self.groups.select(self._boundaries, timestep, descending)
+        if self._step_bits is not None:
+            self.groups.activation_bits = self._step_bits.at(float(timestep.max() if descending else timestep.min()))
 
     def inputs(self) -> Iterator[tuple[Tensor, ModelInput]]:
         """Timesteps [n] and input of each sample, on the model's device, its timestep group selected."""

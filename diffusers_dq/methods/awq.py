@@ -58,9 +58,11 @@ class AWQ(Method):
 
 
 def importance(size: Tensor, alpha: float) -> Tensor:
-    """1 / s_k of the paper: size_k^alpha about 1, by which the weight is multiplied and the input divided (Eq. 4, 5).
+    """s_k = size_k^alpha, by which the weight is multiplied and the input divided (Eq. 4, 5), up to a common factor.
 
-    size: [K], mean |x_k|.   Returns [K], > 0; the geometric mean of its extremes is 1, so that scales keep their size.
+    size: [K], mean |x_k|.   Returns [K], > 0; the geometric mean of its extremes is 1, as in the released code. A
+    channel smaller than 1e-4 of the largest counts as that.
     """
-    s = size.clamp(min=1e-4 * float(size.max().clamp(min=torch.finfo(size.dtype).tiny))) ** alpha
+    largest = size.max()
+    s = torch.where(largest > 0, size / largest, torch.ones_like(size)).clamp(min=1e-4) ** alpha
     return s / (s.max() * s.min()).sqrt()

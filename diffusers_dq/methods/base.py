@@ -5,7 +5,7 @@ Where a transform's two halves go, and the rounding itself, are the planner's (p
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -34,6 +34,7 @@ class Site:
     has_producer: whether something upstream could carry a change.
     weight_schemes: how each weight is to be rounded, None where it is not.   scheme: of the input, likewise, that of
         fewest bits where linears differ.   low_rank: rank of what is kept apart from the rounded weight (Recipe).
+    sample_maxima: runs the model to find `sample_max`.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Site:
     weight_schemes: tuple[QuantScheme | None, ...] = ()
     scheme: QuantScheme | None = None
     low_rank: int = 0
+    sample_maxima: Callable[[], Tensor] | None = None
 
     def weight_max(self) -> Tensor:
         """[K] fp32, max over the rows of all the weights of |W[:, k]|."""
@@ -54,6 +56,12 @@ class Site:
         if self.statistics is None:
             raise ValueError(f"{self.name}: no statistics of its input; the method has to ask for them")
         return torch.maximum(self.statistics.maximum, -self.statistics.minimum)
+
+    def sample_max(self) -> Tensor:
+        """[n, K] fp32, max |X_i[:, k]| of each picture i in the kept samples. Raises ValueError without samples."""
+        if self.sample_maxima is None:
+            raise ValueError(f"{self.name}: no samples were kept of it; the method has to ask for statistics")
+        return self.sample_maxima()
 
     def midpoints(self) -> Tensor:
         """[S, K] fp32, the middle of each channel's range at each step. Raises ValueError without statistics."""

@@ -9,31 +9,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from diffusers_dq.methods.base import METHODS, Method, MethodOptions, Site, Solution, token_or_tensor
+from diffusers_dq.methods.base import METHODS, Method, Site, Solution, token_or_tensor
+from diffusers_dq.methods.ptq4dm import PTQ4DMOptions
 from diffusers_dq.recipe import Recipe
 from diffusers_dq.scheme import QuantScheme
 from diffusers_dq.skewed_steps import draw_steps
 from diffusers_dq.transforms import Chain, Scale, Shift
 
+SMALLEST = 1e-4  # of the mean half range: a group that never changes must not be blown up beyond fp16
+
 
 @dataclass(frozen=True, kw_only=True)
-class G4WP4AOptions(MethodOptions):
+class G4WP4AOptions(PTQ4DMOptions):
     """mean, deviation, draws, seed: of the steps that activation ranges are found on; see PTQ4DM."""
-
-    mean: float = 0.4
-    deviation: float = 0.2
-    draws: int = 64
-    seed: int = 0
 
 
 @METHODS.register("g4w_p4a")
 class G4WP4A(Method):
     """Inputs that nothing upstream can carry are shifted and scaled in the quantize step."""
 
-    Options: ClassVar[type[MethodOptions]] = G4WP4AOptions
+    Options: ClassVar[type[PTQ4DMOptions]] = G4WP4AOptions
     summary = "GPTQ weights in groups of 128, static activation ranges a group from steps drawn as in PTQ4DM"
     recipe = Recipe(group_size=128, rounding="gptq")
     options: G4WP4AOptions
@@ -59,6 +56,7 @@ def _chain(site: Site) -> Chain:
     size = _group_size(site)
     low = site.statistics.minimum.amin(0).view(-1, size).amin(1)  # [K / g]
     high = site.statistics.maximum.amax(0).view(-1, size).amax(1)
-    half = ((high - low) / 2).clamp(min=torch.finfo(low.dtype).tiny)
-    middle, scale = ((high + low) / 2).repeat_interleave(size), (half / half.mean()).repeat_interleave(size)
-    return Chain((Shift(middle[None]), Scale(scale)))
+    half = (high - low) / 2
+    mean = float(half.mean()) or 1.0
+    scale = (half / mean).clamp(min=SMALLEST).repeat_interleave(size)
+    return Chain((Shift(((high + low) / 2).repeat_interleave(size)[None]), Scale(scale)))

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from diffusers_dq.affine import percentile_range
@@ -28,6 +29,8 @@ from diffusers_dq.methods.base import (
 from diffusers_dq.recipe import Recipe
 from diffusers_dq.scheme import QuantScheme
 from diffusers_dq.transforms import Chain, Scale, Shift
+
+SMALLEST = 1e-4  # of the mean scale: a channel that is always zero must not be blown up beyond fp16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +57,14 @@ class RepQ(Method):
 
 
 def _chain(site: Site) -> Chain:
-    """Ranges of channels are found on the sampled tokens, and the tensor's by the planner, on u."""
+    """Ranges of channels are found on the sampled tokens and the extremes of all, the tensor's by the planner, on u.
+
+    Without the extremes, which some hundred tokens do not hold, every channel would be clipped where its sample ends.
+    """
+    assert site.statistics is not None
     scheme = site.scheme or QuantScheme(bits=8, granularity="tensor", symmetric=False)
-    scale, zero_point = percentile_range(site.tokens(most=1 << 14).flatten(0, 1).T.contiguous(), scheme)  # [K] each
-    zero = zero_point.float()
+    extremes = torch.stack([site.statistics.minimum.amin(0), site.statistics.maximum.amax(0)])
+    tokens = torch.cat([site.tokens(most=1 << 14).flatten(0, 1), extremes])  # [n, K]
+    scale, zero_point = percentile_range(tokens.T.contiguous(), scheme)  # [K] each
+    zero, scale = zero_point.float(), scale.clamp(min=SMALLEST * float(scale.mean()))
     return Chain((Shift((scale * (zero.mean() - zero))[None]), Scale(scale / scale.mean())))

@@ -6,10 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import DiTPipeline
 
-from diffusers_dq.balancing import spearman
+from diffusers_dq.balancing import balance, spearman
+from diffusers_dq.config import DQConfig
 from diffusers_dq.methods import METHODS, Site
 from diffusers_dq.methods.ptq4dit import salience_over_steps
+from diffusers_dq.planning import make_plan
+from diffusers_dq.specs import spec_of
 from diffusers_dq.statistics import SiteStatistics
 
 T, K = 5, 8
@@ -78,3 +82,19 @@ def test_smoothquant_takes_the_largest_input_of_all_steps():
 def test_alpha_out_of_range(alpha):
     with pytest.raises(ValueError, match="alpha must be between 0 and 1"):
         METHODS["smoothquant"].Options(alpha=alpha)
+
+
+def test_the_released_codes_salience_is_of_samples_not_of_steps(dit_folder, dit_statistics):
+    """Against the largest inputs of each picture, observed here by a hook of its own."""
+    model = DiTPipeline.from_pretrained(dit_folder).transformer
+    linear, rows = model.transformer_blocks[0].ff.net[0].proj, []
+    hook = linear.register_forward_pre_hook(lambda module, args: rows.extend(args[0].detach().abs().amax(1)))
+    with torch.no_grad():
+        for sample in dit_statistics.samples:
+            model(**sample)
+    hook.remove()
+    weight_max = linear.weight.abs().amax(0)
+    expected = balance(salience_over_steps(torch.stack(rows), weight_max), weight_max)
+    config = DQConfig("ptq4dit", per_sample=True)
+    plan = make_plan(model, spec_of(model), config.make_method(), config, dit_statistics)
+    assert torch.allclose(plan.linears["transformer_blocks.0.ff.net.0.proj"].chain.transforms[0].s, expected)
