@@ -5,16 +5,18 @@ Notation: B batch, H heads, N tokens, D head width.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 
 import diffusers_dq_kernels as ops
+from diffusers_dq import affine
 from diffusers_dq.scheme import QuantScheme
 
 OPERANDS = ("query", "key", "value", "probability")
+Softmax = Literal["uniform", "log_sqrt2"]
 SAMPLED_QUERIES = 8
 
 
@@ -28,10 +30,13 @@ class QuantizedAttnProcessor:
 
     Each operand has a static scale [1] fp32, `query_scale`, `key_scale`, `value_scale` and `probability_scale`, which
     `attach` registers as buffers of the Attention module. `attention_int8` rounds and multiplies.
+    softmax: "uniform" steps of probabilities, or "log_sqrt2", powers of sqrt(1/2) of the largest (RepQ-ViT), for which
+        there is no kernel: the products are torch's, over the same integers of query, key and value.
     """
 
-    def __init__(self, bits: int) -> None:
+    def __init__(self, bits: int, softmax: Softmax = "uniform") -> None:
         self.bits = bits
+        self.softmax = softmax
 
     def __call__(
         self,
@@ -47,9 +52,39 @@ class QuantizedAttnProcessor:
             split_heads(projection(hidden_states), attn.heads) for projection in (attn.to_q, attn.to_k, attn.to_v)
         )
         scales = (getattr(attn, f"{name}_scale").float() for name in OPERANDS)  # model.to(dtype) casts them as well
-        output = ops.attention_int8(query, key, value, *scales, attn.scale, self.bits)  # [B, H, N, D]
+        attend: Any = ops.attention_int8 if self.softmax == "uniform" else attention_log_sqrt2
+        output = attend(query, key, value, *scales, attn.scale, self.bits)  # [B, H, N, D]
         merged = output.transpose(1, 2).flatten(2)  # [B, N, H D]
         return attn.to_out[1](attn.to_out[0](merged)) / attn.rescale_output_factor
+
+
+def attention_log_sqrt2(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_scale: Tensor,
+    key_scale: Tensor,
+    value_scale: Tensor,
+    probability_scale: Tensor,
+    scale: float,
+    bits: int,
+) -> Tensor:
+    """`attention_int8` with probabilities rounded to powers of sqrt(1/2).   query, key, value: [B, H, N, D].
+
+    probability_scale: [1], the step of a uniform grid over [0, largest], so largest = step (2^bits - 1).
+    """
+    operands = (query, query_scale), (key, key_scale), (value, value_scale)
+    q, k, v = (affine.quantize(x.float(), s, 0, scheme("query", bits)).float() for x, s in operands)
+    logits = (q @ k.transpose(-1, -2)) * (query_scale * key_scale * scale)  # products of integers, exact in fp32
+    probabilities = round_log_sqrt2(logits.softmax(dim=-1), probability_scale * (2**bits - 1), bits)
+    return ((probabilities @ v) * value_scale).to(query.dtype)
+
+
+def round_log_sqrt2(probabilities: Tensor, largest: Tensor, bits: int) -> Tensor:
+    """largest 2^(-q / 2) with q = clamp(round(-2 log2(p / largest)), 0, 2^bits - 1)   (RepQ-ViT, Eq. 13 to 15)."""
+    ratio = (probabilities / largest).clamp(min=torch.finfo(torch.float32).tiny)
+    q = (-2 * ratio.log2()).round().clamp(0, 2**bits - 1)
+    return largest * torch.exp2(-q / 2)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -67,12 +102,18 @@ def sample_probabilities(query: Tensor, key: Tensor, heads: int, scale: float) -
     return (rows @ split_heads(key.float(), heads).transpose(-1, -2) * scale).softmax(dim=-1)
 
 
-def attach(attention: Any, bits: int, scales: Mapping[str, Tensor] | None, device: torch.device | str) -> None:
+def attach(
+    attention: Any,
+    bits: int,
+    scales: Mapping[str, Tensor] | None,
+    device: torch.device | str,
+    softmax: Softmax = "uniform",
+) -> None:
     """Quantize an Attention module's two products. scales: operand -> [1] fp32; None where a file will bring them."""
     for name in OPERANDS:
         scale = torch.ones(1, device=device) if scales is None else scales[name].to(device)
         attention.register_buffer(f"{name}_scale", scale)
-    attention.set_processor(QuantizedAttnProcessor(bits))
+    attention.set_processor(QuantizedAttnProcessor(bits, softmax))
 
 
 def detach(attention: Any, processor: Any = None) -> None:

@@ -4,6 +4,7 @@
 import typer
 
 from diffusers_dq.benchmark.commands import app as benchmark
+from diffusers_dq.evaluation.commands import evaluate
 
 app = typer.Typer(
     name="diffusers-dq",
@@ -12,6 +13,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 app.add_typer(benchmark, name="benchmark")
+app.command()(evaluate)
 
 
 if __name__ == "__main__":

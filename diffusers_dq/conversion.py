@@ -111,6 +111,7 @@ class Conversion:
             linears={name: layer.layout for name, layer in self.layers.items()},
             attention=tuple(plan.attention),
             attention_bits=plan.attention_bits,
+            softmax=plan.softmax,
             partitions=(len(boundaries), boundaries.shape[1]),
             descending=self.descending,
             tied=installation.identical(model, self.spec.duplicates),

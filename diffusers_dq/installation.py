@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusers_dq import attention, fusion, noise_correction
+from diffusers_dq.attention import Softmax
 from diffusers_dq.denoise import TimestepArgument
 from diffusers_dq.linear import LinearLayout, QuantizedLinear
 from diffusers_dq.noise_correction import CorrectOutput, NoiseCorrection
@@ -27,7 +28,8 @@ _REPEATED = "_repeated_blocks"  # where diffusers looks for what compile_repeate
 class Description:
     """All that must be known of a quantized model before its tensors are; `DQConfig.result`, in config.json.
 
-    linears: by module name.   attention: quantized Attention modules, to attention_bits.
+    linears: by module name.   attention: quantized Attention modules, to attention_bits, their softmax
+        rounded as `softmax` says.
     partitions: [P, E], the shape of the table of timestep boundaries.   descending: noise falls with the timestep.
     tied: module -> the one it is the same as.   shared: linear -> another that rounds the same input the same way.
     notes: linear -> why it is in full precision or what is odd about it.
@@ -46,6 +48,7 @@ class Description:
     shared: Mapping[str, str] = field(default_factory=dict)
     step_bits: StepBits | None = None
     noise_correction: tuple[int, int] | None = None
+    softmax: Softmax = "uniform"
 
     def __post_init__(self) -> None:
         if not isinstance(self.dtype, torch.dtype):
@@ -150,7 +153,9 @@ def install(
             model.set_submodule(copied, model.get_submodule(original))
         for name in description.attention:
             scales = None if attention_scales is None else attention_scales[name]
-            attention.attach(model.get_submodule(name), description.attention_bits, scales, boundaries.device)
+            attention.attach(
+                model.get_submodule(name), description.attention_bits, scales, boundaries.device, description.softmax
+            )
         if not getattr(model, _REPEATED, None):
             setattr(model, _REPEATED, repeated_blocks(model))
         model.add_module(GROUPS, groups)

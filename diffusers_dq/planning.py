@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusers_dq import affine, attention
+from diffusers_dq.attention import Softmax
 from diffusers_dq.config import Bits, DQConfig
 from diffusers_dq.linear import NOT_ROUNDED
 from diffusers_dq.methods import Method, Site, Solution
@@ -147,6 +148,7 @@ class Plan:
     kept: Mapping[str, str] = field(default_factory=dict)
     attention: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     attention_bits: int = 8
+    softmax: Softmax = "uniform"
     apart: frozenset[str] = frozenset()
     step_bits: StepBits | None = None
 
@@ -232,7 +234,9 @@ def make_plan(
                 _use_moments(group, _statistics_of(group, statistics), statistics.timesteps, plans)
     scales = _attention_scales(spec, config, statistics) if config.quantize_attention else {}
     apart = spec.weight_only if method.rounds_conditioning else frozenset()
-    return Plan(plans, kept, scales, config.activation_bits, apart, _step_bits(config, statistics, plans))
+    return Plan(
+        plans, kept, scales, config.activation_bits, method.softmax, apart, _step_bits(config, statistics, plans)
+    )
 
 
 def _step_bits(config: DQConfig, statistics: Statistics | None, plans: Mapping[str, LinearPlan]) -> StepBits | None:

@@ -121,6 +121,8 @@ def _attention_row(name: str, module: nn.Module, processor: QuantizedAttnProcess
     nbytes = sum(tensor.nbytes for tensor in module.buffers(recurse=False))
     device = next((parameter.device.type for parameter in module.parameters()), "cpu")
     backend, slow = ops.backend("attention_int8", device)
+    if processor.softmax != "uniform":
+        backend, slow = "torch", f"no kernel rounds softmax to {processor.softmax}: in floating point, slow"
     reason = "; ".join(filter(None, ("QK^T and AV over integers, softmax in fp32", slow)))
     return LinearReport(name, f"A{processor.bits}", "static, a tensor", 1, nbytes, backend, reason)
 

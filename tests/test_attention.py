@@ -6,7 +6,15 @@ from support import CALLS, assert_close, tiny_pipeline
 
 import diffusers_dq as dq
 from diffusers_dq import affine
-from diffusers_dq.attention import OPERANDS, QuantizedAttnProcessor, attach, sample_probabilities, scheme, split_heads
+from diffusers_dq.attention import (
+    OPERANDS,
+    QuantizedAttnProcessor,
+    attach,
+    round_log_sqrt2,
+    sample_probabilities,
+    scheme,
+    split_heads,
+)
 
 
 def quantized(**options):
@@ -115,3 +123,30 @@ def test_masked_and_cross_attention_are_refused():
     attn = model.transformer_blocks[0].attn1
     with pytest.raises(ValueError, match="self-attention without a mask"):
         attn(torch.zeros(1, 4, 32), encoder_hidden_states=torch.zeros(1, 3, 32))
+
+
+@torch.no_grad()
+def test_probabilities_to_powers_of_the_root_of_one_half():
+    """Every value goes to the nearest power in the logarithm; what is too small for 4 bits, to the last one."""
+    p = torch.tensor([1.0, 0.5, 0.7071, 0.6, 0.01, 1e-6, 0.0])
+    powers = 0.5 ** (torch.arange(16) / 2)
+    nearest = powers[(p.clamp(min=1e-30).log2()[:, None] - powers.log2()).abs().argmin(1)]
+    assert torch.allclose(round_log_sqrt2(p, torch.ones(1), 4), nearest)
+    assert torch.allclose(round_log_sqrt2(0.3 * p, torch.tensor([0.3]), 4), 0.3 * nearest)
+
+
+@torch.no_grad()
+def test_repq_rounds_softmax_by_its_logarithm_and_says_that_this_is_slow(tmp_path):
+    pipe = tiny_pipeline()
+    statistics = dq.calibrate(pipe, CALLS, num_inference_steps=4, progress=False)
+    x = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(0))
+    full = pipe.transformer.transformer_blocks[0].attn1(x)
+    report = dq.quantize(pipe, dq.DQConfig("repq", quantize_attention=True), statistics=statistics, progress=False)
+    attn = pipe.transformer.transformer_blocks[0].attn1
+    assert attn.processor.softmax == "log_sqrt2"
+    row = next(row for row in report.linears if row.name == "transformer_blocks.0.attn1")
+    assert row.backend == "torch" and "no kernel rounds softmax to log_sqrt2" in row.reason
+    assert torch.isfinite(attn(x)).all() and attn(x).shape == full.shape
+    pipe.save_pretrained(tmp_path)
+    again = type(pipe).from_pretrained(tmp_path).transformer.transformer_blocks[0].attn1
+    assert again.processor.softmax == "log_sqrt2" and torch.equal(again(x), attn(x))

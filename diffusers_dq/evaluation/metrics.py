@@ -17,7 +17,7 @@ from torch import Tensor
 Array: TypeAlias = npt.NDArray[np.floating[Any]]
 Pictures: TypeAlias = Array | Tensor
 
-_SSIM_WINDOW = 11
+SSIM_WINDOW = 11
 
 
 def psnr(reference: Pictures, other: Pictures) -> Array:
@@ -39,10 +39,10 @@ def ssim(reference: Pictures, other: Pictures) -> Array:
     functional = optional("torchmetrics.functional.image")
     x, y = (pictures.movedim(-1, 1) for pictures in _pair(reference, other))  # [B, C, H, W]
     height, width = x.shape[-2:]
-    if min(height, width) < _SSIM_WINDOW:
-        raise ValueError(f"SSIM needs pictures of {_SSIM_WINDOW} x {_SSIM_WINDOW} at least, got {height} x {width}")
+    if min(height, width) < SSIM_WINDOW:
+        raise ValueError(f"SSIM needs pictures of {SSIM_WINDOW} x {SSIM_WINDOW} at least, got {height} x {width}")
     value = functional.structural_similarity_index_measure(
-        y, x, kernel_size=_SSIM_WINDOW, sigma=1.5, data_range=1.0, reduction="none"
+        y, x, kernel_size=SSIM_WINDOW, sigma=1.5, data_range=1.0, reduction="none"
     )
     return value.reshape(-1).numpy()
 

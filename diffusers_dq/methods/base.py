@@ -7,7 +7,7 @@ Where a transform's two halves go, and the rounding itself, are the planner's (p
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -130,11 +130,13 @@ class Method(ABC):
     """Subclasses set `Options` (a frozen keyword-only dataclass) and `summary`, and register under their name.
 
     recipe: how weights are rounded unless the configuration says otherwise.
+    softmax: how attention probabilities are rounded where they are: in uniform steps, or to powers of sqrt(1/2).
     """
 
     Options: ClassVar[type[MethodOptions]] = MethodOptions
     summary: ClassVar[str]
     recipe: ClassVar[Recipe] = Recipe()
+    softmax: ClassVar[Literal["uniform", "log_sqrt2"]] = "uniform"
 
     def __init__(self, options: Any) -> None:
         self.options = options

@@ -6,7 +6,8 @@ for all, by a change of what produces them and of the weight that reads them. Wi
 
     u = (x + d (z - z~)) d~ / d   has in every channel the scale d~ and the zero point z~   (Eq. 9 to 12)
 
-As RepQ* in PTQ4DiT and HTG it is calibrated over all timesteps.
+As RepQ* in PTQ4DiT and HTG it is calibrated over all timesteps. With quantize_attention=True probabilities are rounded
+to powers of sqrt(1/2) (Eq. 13 to 15), for which there is no kernel.
 """
 
 from collections.abc import Sequence
@@ -47,6 +48,7 @@ class RepQ(Method):
     Options: ClassVar[type[MethodOptions]] = RepQOptions
     summary = "scales and zero points found a channel, made equal by reparametrisation; static activations"
     recipe = Recipe(search="percentile")
+    softmax = "log_sqrt2"
     options: RepQOptions
 
     def activation_scheme(self, bits: int, in_features: int, group_size: int) -> QuantScheme:

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What holds for each method that is registered: a new one is covered by its name."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiTPipeline
+from support import PIXART_CALL, assert_close, tiny_pixart_pipeline
+
+import diffusers_dq as dq
+from diffusers_dq.linear import QuantizedLinear
+from diffusers_dq.methods import METHODS
+
+NAMES = sorted(dq.methods())
+WITH_A_PART_OF_ITS_OWN = ["svdquant", "tfmq", "g4w_p4a", "ptqd"]
+INTEGERS = (torch.int8, torch.uint8)
+
+
+def config(method: str, **changes: Any) -> dq.DQConfig:
+    """Its own settings, as far as width 32 and a test's patience allow: rank 32 would be as large as the weight."""
+    recipe = METHODS[method].recipe
+    settings: dict[str, Any] = {"low_rank": 4 if recipe.low_rank else None}
+    if recipe.rounding == "adaround":
+        settings["reconstruction"] = dict(iterations=5)
+    return dq.DQConfig(method, **{**settings, **changes})
+
+
+def quantized_pipe(folder: Path, statistics: dq.Statistics, method: str, **changes: Any) -> DiTPipeline:
+    pipe = DiTPipeline.from_pretrained(folder)
+    dq.quantize(pipe, config(method, **changes), statistics=statistics, progress=False)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def quantized(dit_folder, dit_statistics):
+    """A function: the pipeline quantized by a method at W8A8, made once."""
+    made: dict[str, DiTPipeline] = {}
+
+    def get(method: str) -> DiTPipeline:
+        if method not in made:
+            made[method] = quantized_pipe(dit_folder, dit_statistics, method)
+        return made[method]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def full(dit_folder, run_dit) -> torch.Tensor:
+    return run_dit(DiTPipeline.from_pretrained(dit_folder).transformer)
+
+
+def decibels(output: torch.Tensor, expected: torch.Tensor) -> float:
+    return float(10 * torch.log10(expected.square().mean() / (output - expected).square().mean()))
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_every_linear_of_the_blocks_becomes_an_integer_layer_and_the_report_says_so(method, quantized):
+    pipe = quantized(method)
+    report = dq.inspect(pipe)
+    layers = {n: m for n, m in pipe.transformer.named_modules() if isinstance(m, QuantizedLinear)}
+    assert len(layers) == 14, "in each of two blocks: modulation, query, key, value, output, two of the MLP"
+    assert all(layer.weight.dtype in INTEGERS for layer in layers.values())
+    assert report.method == method
+    assert {row.name for row in report.quantized} == set(layers)
+    assert all(row.bits == ("W8A8" if layers[row.name].layout.rounds_input else "W8A16") for row in report.quantized)
+    assert all(layers[name].layout.rounds_input for name in layers if not name.endswith("norm1.linear"))
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_the_output_stays_close_to_full_precision(method, quantized, full, run_dit):
+    """8 bits leave some 35 to 45 dB at these sizes; a fold that went wrong leaves next to nothing."""
+    snr = decibels(run_dit(quantized(method).transformer), full)
+    print(f"\n{method} W8A8: {snr:.1f} dB")
+    assert snr > 25
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_four_bits_are_packed_and_still_close(method, dit_folder, dit_statistics, full, run_dit):
+    pipe = quantized_pipe(dit_folder, dit_statistics, method, weight_bits=4)
+    snr = decibels(run_dit(pipe.transformer), full)
+    print(f"\n{method} W4A8: {snr:.1f} dB")
+    assert snr > 10
+    assert pipe.transformer.transformer_blocks[0].attn1.to_q.weight.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_a_saved_model_reloads_to_the_same_bits(method, quantized, run_dit, tmp_path):
+    pipe = quantized(method)
+    pipe.save_pretrained(tmp_path)
+    reloaded = DiTPipeline.from_pretrained(tmp_path)
+    assert torch.equal(run_dit(reloaded.transformer), run_dit(pipe.transformer))
+    assert dq.inspect(tmp_path).quantized == dq.inspect(pipe).quantized
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_its_transforms_alone_are_the_original_function(method, dit_folder, dit_statistics, run_dit):
+    """In fp64, where only sums in another order and tables made from fp32 statistics, exactly inverted, remain."""
+    pipe = DiTPipeline.from_pretrained(dit_folder, torch_dtype=torch.float64)
+    expected = run_dit(pipe.transformer)
+    settings = config(method, weight_bits=16, activation_bits=16)
+    dq.quantize(pipe, settings, statistics=dit_statistics, progress=False)
+    assert (run_dit(pipe.transformer) - expected).norm() <= 1e-10 * expected.norm()
+
+
+@pytest.mark.parametrize("method", WITH_A_PART_OF_ITS_OWN)
+@torch.no_grad()
+def test_one_compiled_graph_serves_all_steps(method, quantized, run_dit):
+    model = quantized(method).transformer
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    given = dict(hidden_states=torch.randn(2, 4, 8, 8), class_labels=torch.tensor([1, 2]))
+    compiled(timestep=torch.tensor([900, 900]), **given)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for step in (900, 500, 12):
+            timestep = torch.tensor([step, step])
+            assert_close(compiled(timestep=timestep, **given).sample, model(timestep=timestep, **given).sample)
+
+
+@pytest.fixture(scope="module")
+def pixart_statistics() -> dq.Statistics:
+    pipe = tiny_pixart_pipeline()
+    return dq.calibrate(pipe, [PIXART_CALL], num_inference_steps=4, samples=4, second_moments=True, progress=False)
+
+
+@torch.no_grad()
+def run_pixart(model: torch.nn.Module) -> torch.Tensor:
+    seed = torch.Generator().manual_seed(0)
+    noise, text = torch.randn(2, 4, 8, 8, generator=seed), torch.randn(2, 5, 32, generator=seed)
+    sizes = {"resolution": None, "aspect_ratio": None}
+    steps = [torch.tensor([t, t]) for t in (950, 500, 20)]
+    return torch.stack([model(noise, text, timestep=t, added_cond_kwargs=sizes).sample for t in steps])
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_a_text_model_without_a_spec(method, pixart_statistics, tmp_path):
+    pipe = tiny_pixart_pipeline()
+    expected = run_pixart(pipe.transformer)
+    dq.quantize(pipe, config(method), statistics=pixart_statistics, progress=False)
+    output = run_pixart(pipe.transformer)
+    assert len(dq.inspect(pipe).quantized) == 20, "ten in each of two blocks: two attentions and the MLP"
+    assert decibels(output, expected) > 25
+    pipe.transformer.save_pretrained(tmp_path)
+    assert torch.equal(run_pixart(type(pipe.transformer).from_pretrained(tmp_path)), output)
+
+
+@pytest.fixture(scope="module")
+def flux_statistics(tiny_flux) -> dq.Statistics:
+    pipe = tiny_flux()
+    seed = torch.Generator().manual_seed(0)
+    call = dict(
+        prompt_embeds=torch.randn(1, 4, 32, generator=seed),
+        pooled_prompt_embeds=torch.randn(1, 32, generator=seed),
+        height=32,
+        width=32,
+    )
+    return dq.calibrate(pipe, [call], num_inference_steps=4, samples=4, second_moments=True, progress=False)
+
+
+@pytest.mark.parametrize("method", ["awq", "g4w_p4a", "ptqd", "qdiffusion", "repq", "svdquant", "tfmq"])
+def test_a_model_of_tokens_without_a_spec(method, tiny_flux, run_flux, flux_statistics, tmp_path):
+    pipe = tiny_flux()
+    expected = run_flux(pipe.transformer)
+    dq.quantize(pipe, config(method), statistics=flux_statistics, progress=False)
+    output = run_flux(pipe.transformer)
+    assert dq.inspect(pipe).quantized
+    assert decibels(output, expected) > 25
+    pipe.transformer.save_pretrained(tmp_path)
+    assert torch.equal(run_flux(type(pipe.transformer).from_pretrained(tmp_path)), output)
