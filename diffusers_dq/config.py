@@ -138,7 +138,7 @@ class DQConfig(QuantizationConfigMixin):
         for name, value in settings.items():
             if not hasattr(self, name):
                 self.options.setdefault(name, value)
-            elif getattr(self, name) is None or getattr(self, name) is False:
+            elif getattr(self, name) is None or name == "quantize_attention":
                 setattr(self, name, value)
 
     def _check(self) -> None:
@@ -174,6 +174,9 @@ class DQConfig(QuantizationConfigMixin):
         given = {field.name: getattr(self, field.name) for field in fields(Recipe)}
         changed = {name: value for name, value in given.items() if value is not None}
         return replace(self.make_method().recipe, **changed)
+
+    def is_overridden(self, module: str) -> bool:
+        return any(fnmatchcase(module, glob) for glob in self.overrides)
 
     def reconstruction_settings(self) -> Reconstruction:
         known = [field.name for field in fields(Reconstruction)]

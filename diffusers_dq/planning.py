@@ -224,7 +224,7 @@ def make_plan(
         else None
     )
     maxima = None if seen is None else _SampleMaxima(model, seen, [group.name for group in groups])
-    sites = [_site(model, group, plans, spec, seen, maxima) for group in groups]
+    sites = [_site(model, group, plans, spec, seen, maxima, config) for group in groups]
     solution = method.solve(sites, None if seen is None else seen.timesteps)
     for group, site in zip(groups, sites, strict=True):
         _place(group, solution, site.weights[0].shape[1], config, plans)
@@ -283,6 +283,7 @@ def _site(
     spec: ModelSpec,
     statistics: Statistics | None,
     maxima: "_SampleMaxima | None",
+    config: DQConfig,
 ) -> Site:
     """The group as its method sees it."""
     linears = [model.get_submodule(name) for name in group.linears if name in plans]
@@ -298,6 +299,7 @@ def _site(
         weight_schemes=tuple(plan.weight_scheme for plan in here),
         scheme=min(schemes, key=lambda scheme: scheme.bits, default=None),
         low_rank=max((plan.recipe.low_rank for plan in here), default=0),
+        overridden=any(config.is_overridden(name) for name in group.linears),
         sample_maxima=None if maxima is None else partial(maxima.of, group.name),
     )
 
@@ -347,9 +349,12 @@ def _place(
 ) -> None:
     """Give the group's chain to its linears, and its upstream half to the producer or to the quantize step."""
     chain, note = solution.chains.get(group.name), solution.notes.get(group.name)
+    scheme = solution.weight_schemes.get(group.name)
     for name in group.linears:
         if note and name in plans:
             plans[name] = replace(plans[name], note=note)
+        if scheme is not None and name in plans:
+            plans[name] = replace(plans[name], weight_scheme=scheme)
     if chain is None:
         return
     obstacle = _obstacle(group, chain, config, plans) if chain.transforms else None

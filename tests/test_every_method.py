@@ -88,10 +88,21 @@ def test_four_bits_are_packed_and_still_close(method, dit_folder, dit_statistics
 @pytest.mark.parametrize("method", NAMES)
 def test_a_saved_model_reloads_to_the_same_bits(method, quantized, run_dit, tmp_path):
     pipe = quantized(method)
+    report = dq.inspect(pipe)
     pipe.save_pretrained(tmp_path)
     reloaded = DiTPipeline.from_pretrained(tmp_path)
     assert torch.equal(run_dit(reloaded.transformer), run_dit(pipe.transformer))
-    assert dq.inspect(tmp_path).quantized == dq.inspect(pipe).quantized
+    assert dq.inspect(reloaded) == report
+
+
+@pytest.mark.xfail(
+    strict=True, reason="report.py: save_pretrained leaves the config a dict, which inspect cannot read"
+)
+def test_a_saved_model_is_reported_as_before(dit_folder, tmp_path):
+    pipe = DiTPipeline.from_pretrained(dit_folder)
+    report = dq.quantize(pipe, dq.DQConfig("rtn"), progress=False)
+    pipe.save_pretrained(tmp_path)
+    assert dq.inspect(pipe) == report
 
 
 @pytest.mark.parametrize("method", NAMES)

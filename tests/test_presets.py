@@ -23,9 +23,10 @@ def test_a_preset_is_all_that_has_to_be_said(preset, dit_folder, dit_statistics,
 
 
 def test_what_is_given_beside_a_preset_stands():
-    config = dq.DQConfig(preset="quality", group_size=0, rotate=False, weight_bits=6)
-    assert config.recipe == replace(dq.DQConfig(preset="quality").recipe, group_size=0)
-    assert config.options["rotate"] is False and config.weight_bits == 6
+    config = dq.DQConfig(preset="balanced", group_size=64, output_correction=False, rotate=False, weight_bits=6)
+    of_preset = dq.DQConfig(preset="balanced")
+    assert config.recipe == replace(of_preset.recipe, group_size=64, output_correction=False)
+    assert config.options == of_preset.options | {"rotate": False} and config.weight_bits == 6
     assert dq.DQConfig(**config.to_dict()) == config
 
 

@@ -35,6 +35,7 @@ class Site:
     weight_schemes: how each weight is to be rounded, None where it is not.   scheme: of the input, likewise, that of
         fewest bits where linears differ.   low_rank: rank of what is kept apart from the rounded weight (Recipe).
     sample_maxima: runs the model to find `sample_max`.
+    overridden: whether the user set bits or group size of one of its linears.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Site:
     scheme: QuantScheme | None = None
     low_rank: int = 0
     sample_maxima: Callable[[], Tensor] | None = None
+    overridden: bool = False
 
     def weight_max(self) -> Tensor:
         """[K] fp32, max over the rows of all the weights of |W[:, k]|."""
@@ -75,6 +77,16 @@ class Site:
             raise ValueError(f"{self.name}: no statistics of its input; the method has to ask for them")
         tokens = self.statistics.tokens
         return tokens[:, : max(1, most // len(tokens))].float()
+
+    @property
+    def may_choose(self) -> bool:
+        """Whether a method may round its weights otherwise than was asked for."""
+        return not self.overridden and None not in self.weight_schemes
+
+    def output_energy(self) -> float:
+        """sum |x W^T|^2 over the tokens and linears of `output_error`."""
+        tokens = self.tokens()
+        return sum(float((tokens @ weight.float().cpu().T).square().sum()) for weight in self.weights)
 
     def output_error(self, chain: Chain, timesteps: Tensor | None = None) -> float:
         """sum |x W^T - u^ W'^^T - b'_g|^2 over sampled tokens and the site's linears, weights rounded to nearest.
@@ -112,10 +124,12 @@ def _rounded_input(u: Tensor, scheme: QuantScheme) -> Tensor:
 
 @dataclass(frozen=True)
 class Solution:
-    """What a method chose, by site name.   chains: none for a site left as it is.   notes: for the report."""
+    """What a method chose, by site name.   chains: none for a site left as it is.   notes: for the report.
+    weight_schemes: in place of `Method.weight_scheme`'s, of linears that no override names."""
 
     chains: Mapping[str, Chain]
     notes: Mapping[str, str] = field(default_factory=dict)
+    weight_schemes: Mapping[str, QuantScheme] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,6 +32,7 @@ class HTGOptions(MethodOptions):
     scope: "model", one partition for all layers, or "layer", one a layer as the equations read.
     ema: alpha of Eq. 7.   ema_steps: the T that alpha is meant for; with another T it becomes alpha^(ema_steps / T),
         so that the first step keeps its weight. None is the paper's literal form, the same alpha for every T.
+    shift, scale: False leaves out that part, for the paper's ablations.
     ranges: "model", one activation range for all timesteps, or "group", one a timestep group.
     online: also transform inputs that nothing upstream can carry (fc2), in the quantize step; None does so only for
         an architecture of which no producer is known.
@@ -42,6 +43,8 @@ class HTGOptions(MethodOptions):
     scope: Literal["model", "layer"] = "model"
     ema: float = 0.99
     ema_steps: int | None = 100
+    shift: bool = True
+    scale: bool = True
     ranges: Literal["model", "group"] = "model"
     online: bool | None = None
 
@@ -73,9 +76,11 @@ class HTG(Method):
         if timesteps is None:
             raise ValueError("htg needs statistics")
         changed = sites_to_transform(sites, self.options.online)
-        shifts = {site.name: site.midpoints() for site in changed}
         options = self.options
-        boundaries = group_steps(shifts, timesteps, options.groups, options.linkage, options.scope)
+        shifts = {site.name: site.midpoints() * float(options.shift) for site in changed}
+        boundaries: dict[str, Boundaries] = dict.fromkeys(shifts, ())
+        if options.shift:
+            boundaries = group_steps(shifts, timesteps, options.groups, options.linkage, options.scope)
         chains = {
             site.name: self._chain(site, shifts[site.name], timesteps, boundaries[site.name]) for site in changed
         }
@@ -89,7 +94,9 @@ class HTG(Method):
         high, low = statistics.maximum - z_bar[group], statistics.minimum - z_bar[group]
         magnitude = torch.maximum(high, -low)  # [T, K], max |X~_t|: exact, no second pass
         m = ema(magnitude, self._alpha(len(timesteps)))
-        return Chain((Shift(z_bar), Scale(balance(m, site.weight_max()))), boundaries)
+        shift = (Shift(z_bar),) if self.options.shift else ()
+        scale = (Scale(balance(m, site.weight_max())),) if self.options.scale else ()
+        return Chain((*shift, *scale), boundaries)
 
     def _alpha(self, steps: int) -> float:
         reference = self.options.ema_steps

@@ -7,8 +7,8 @@ Storage is that of costs.stored_bits: integers, scales and zero points of weight
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from diffusers_dq.costs import Choice
 from diffusers_dq.scheme import fitting_group
-from diffusers_dq.search.costs import Choice
 
 ROUNDED_UP = 1 + 1e-12  # so that a limit worked out from a uniform configuration allows just that one, in any order
 

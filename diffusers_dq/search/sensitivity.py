@@ -15,8 +15,8 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from diffusers_dq.costs import Choice
 from diffusers_dq.model_inputs import moved
-from diffusers_dq.search.costs import Choice
 from diffusers_dq.search.metrics import LayerMetric, default_metrics, metric_of, output_error
 from diffusers_dq.search.record import Record
 from diffusers_dq.search.running import with_transformer

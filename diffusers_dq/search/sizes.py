@@ -10,8 +10,8 @@ from typing import Literal
 from diffusers import DiffusionPipeline
 
 from diffusers_dq.config import DQConfig
+from diffusers_dq.costs import Choice, legal_group_sizes
 from diffusers_dq.denoise import Call
-from diffusers_dq.search.costs import Choice, legal_group_sizes
 from diffusers_dq.search.evolution import Evolution, Genes
 from diffusers_dq.search.fitness import Fitness
 from diffusers_dq.search.limits import BitOpsOf, Budget

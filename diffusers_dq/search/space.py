@@ -12,12 +12,12 @@ from typing import Any, Literal
 
 from diffusers import DiffusionPipeline
 
+from diffusers_dq.allocation import allocate
 from diffusers_dq.calibration import calibrate
 from diffusers_dq.checks import check_argument
 from diffusers_dq.config import DQConfig
+from diffusers_dq.costs import Choice, bitops
 from diffusers_dq.denoise import Call, check_calls, denoiser
-from diffusers_dq.search.allocation import allocate
-from diffusers_dq.search.costs import Choice, bitops
 from diffusers_dq.search.evolution import Evolution, Genes, Limit, evolve
 from diffusers_dq.search.fitness import Fitness, TrajectoryError
 from diffusers_dq.search.limits import ROUNDED_UP, BitOpsOf, Budget, checked_budget, priced

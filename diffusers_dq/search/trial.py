@@ -19,11 +19,11 @@ from torch import nn
 from diffusers_dq.building import build_linear
 from diffusers_dq.config import DQConfig
 from diffusers_dq.conversion import Conversion
+from diffusers_dq.costs import Choice, stored_bits
 from diffusers_dq.denoise import TimestepArgument
 from diffusers_dq.installation import BOUNDARIES, GROUPS, SelectGroup
 from diffusers_dq.linear import NOT_ROUNDED, Bits, QuantizedLinear
 from diffusers_dq.planning import LinearPlan
-from diffusers_dq.search.costs import Choice, stored_bits
 from diffusers_dq.statistics import Statistics
 from diffusers_dq.timesteps import TimestepGroups, boundary_table
 

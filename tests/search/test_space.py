@@ -3,7 +3,7 @@ import pytest
 import torch
 
 import diffusers_dq as dq
-from diffusers_dq.search.costs import Choice
+from diffusers_dq.costs import Choice
 from diffusers_dq.search.limits import BitOpsOf
 from diffusers_dq.search.space import Space
 from diffusers_dq.search.trial import Layer, Trial, layers_of

@@ -7,7 +7,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, LattePipeline, LatteTransfor
 
 import diffusers_dq as dq
 from diffusers_dq import search
-from diffusers_dq.search.costs import Choice
+from diffusers_dq.costs import Choice
 from diffusers_dq.search.sensitivity import from_outputs
 from diffusers_dq.search.trial import Trial, layers_of
 

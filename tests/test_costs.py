@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from support import tiny_dit
 
 import diffusers_dq as dq
-from diffusers_dq.search.costs import Choice, bitops, legal_group_sizes
+from diffusers_dq.costs import Choice, bitops, legal_group_sizes
 from diffusers_dq.search.trial import Trial, layers_of
 
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from diffusers_dq.search.allocation import Budget, allocate, allocate_by_group, cost_of, normalised
+from diffusers_dq.allocation import Budget, allocate, allocate_by_group, cost_of, normalised
 
 numbers = st.floats(0, 1e3, allow_nan=False)
 
