@@ -2,10 +2,11 @@
 """Turns a full-precision transformer into a quantized one: everything is built first, then put in place at once."""
 
 import os
+import tempfile
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from diffusers_dq import installation, noise_correction
@@ -23,11 +24,15 @@ from diffusers_dq.statistics import Statistics
 from diffusers_dq.timesteps import TimestepGroups, boundary_table
 
 
+_WORTH_A_FILE = 1 << 20  # bytes of a tensor
+
+
 class Conversion:
     """One model's way from plan to installed layers.
 
     Nothing of the model changes before `finish`, so a failure anywhere earlier leaves it as it was. Memory meanwhile:
-    the model and its quantized weights.
+    the model, one linear's weight in fp64 a few times, and its quantized weights: of a model on the CPU they wait in
+    mapped files (`spill`), of which memory holds what it can spare, and stay there as those of a loaded model do.
     """
 
     def __init__(
@@ -101,7 +106,7 @@ class Conversion:
     def build_all(self, progress: bool) -> None:
         names = [name for name in self.plan.linears if name not in self.layers]
         for name in tqdm(names, desc="quantize", unit="linear", disable=not progress):
-            self.build(name, self.model.get_submodule(name))  # type: ignore[arg-type]
+            spill(self.build(name, self.model.get_submodule(name)))  # type: ignore[arg-type]
 
     def finish(self) -> DQConfig:
         """Install the layers; returns the configuration with its `result`, the one to save."""
@@ -132,6 +137,34 @@ class Conversion:
             None if self.correction is None else self.correction.to(device),
         )
         return self.config.copy(result=description.to_dict(), statistics=None)
+
+
+def spill(layer: nn.Module) -> None:
+    """Move the large tensors of a layer on the CPU to temporary files that are mapped in their place.
+
+    Raises OSError where there is no room for them, or no folder.
+    """
+    for tensor in (*layer.parameters(), *layer.buffers()):
+        if tensor.device.type == "cpu" and tensor.nbytes >= _WORTH_A_FILE and os.name == "posix":
+            tensor.data = _mapped(tensor.detach())
+
+
+def _mapped(tensor: Tensor) -> Tensor:
+    """The same values in a file that is mapped, from a page's start, for as long as the tensor lives.
+
+    The file loses its name at once, so nothing is left of it however the process ends.
+    """
+    try:
+        with tempfile.NamedTemporaryFile(prefix="diffusers_dq-") as file:
+            file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+            file.flush()
+            return torch.from_file(file.name, size=tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"cannot keep {tensor.nbytes:,} bytes of quantized weights in a temporary file ({error}): make room in"
+            f" {tempfile.gettempdir()}, or set TMPDIR to a folder on a disk that has some. The model is as it was",
+        ) from error
 
 
 def _refuse_fused(model: nn.Module) -> None:

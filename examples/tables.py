@@ -21,7 +21,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline
@@ -38,75 +38,78 @@ from diffusers_dq.evaluation.sampling import fingerprint
 MODEL = Path(__file__).parent / "dit-cifar10"
 CALIBRATION_SEED = 1_000_000  # far from the seeds of the pictures that are measured
 FULL_PRECISION = "full precision"
+GENERATIONS = 5  # of the search for group sizes
 COLUMNS = ("FID", "sFID", "IS", "precision", "recall", "FID to full precision", "PSNR", "SSIM")
 
 
 @dataclass(frozen=True)
 class Row:
-    """config: keyword arguments of dq.DQConfig, without bits unless the row has its own; None for a part of the paper
-    that the library does not have yet.   only: the bits it is meant for; () for all."""
+    """config: keyword arguments of dq.DQConfig, without bits unless the row has its own.   only: the bits it is meant
+    for; () for all.   find: what a search adds to the configuration, within the budget of `found`."""
 
     label: str
-    config: Mapping[str, Any] | None = None
+    config: Mapping[str, Any]
     only: tuple[str, ...] = ()
+    find: Literal["", "group sizes", "bits"] = ""
 
-    def missing(self) -> str | None:
-        """Why the row cannot be made; None where it can."""
-        if self.config is None:
-            return "not in this version"
-        method = self.config["method"]
-        return None if method in dq.methods() else f"method {method!r} is not in this version"
+    @property
+    def method(self) -> str:
+        """Its name, or its preset's."""
+        name: str = self.config.get("method") or self.config["preset"]
+        return name
 
 
 def tables(group_size: int) -> dict[str, tuple[str, list[Row]]]:
     """Name -> title and rows.   group_size: of the group-wise rows; the papers take 128, which is the demo's width."""
     static = dict(method="rtn", dynamic=False)
-    paper_htg = dict(
-        method="htg", search="mse", output_correction=False, linkage="ward", scope="layer", ema_steps=None
-    )
     main = [
         Row("RTN static", static),
         Row("RTN dynamic", dict(method="rtn")),
-        Row("PTQ4DM", dict(method="ptq4dm")),
-        Row("Q-Diffusion", dict(method="qdiffusion")),
-        Row("PTQD", dict(method="ptqd")),
-        Row("RepQ", dict(method="repq")),
-        Row("TFMQ-DM", dict(method="tfmq")),
-        Row("SmoothQuant", dict(method="smoothquant")),
-        Row("AWQ", dict(method="awq")),
-        Row("QuaRot", dict(method="quarot")),
-        Row("G4W+P4A", dict(method="g4w_p4a")),
-        Row("SVDQuant", dict(method="svdquant")),
-        Row("PTQ4DiT", dict(method="ptq4dit")),
-        Row("Q-DiT", dict(method="qdit", group_size=group_size)),
-        Row("ViDiT-Q", dict(method="viditq")),
-        Row("HTG, as in the paper", paper_htg),
-        Row("HTG", dict(method="htg")),
-        Row("RTN dynamic, GPTQ", dict(method="rtn", rounding="gptq")),
-        Row("ViDiT-Q, GPTQ", dict(method="viditq", rounding="gptq")),
-        Row("HTG, GPTQ", dict(method="htg", rounding="gptq")),
-        Row("auto", dict(method="auto")),
+        Row("SmoothQuant", dict(method="smoothquant", preset="paper")),
+        Row("QuaRot", dict(method="quarot", preset="paper")),
+        Row("AWQ, weights only", dict(method="awq", preset="paper", activation_bits=16)),
+        Row("PTQ4DM", dict(method="ptq4dm", preset="paper")),
+        Row("PTQD", dict(method="ptqd", preset="paper")),
+        Row("RepQ", dict(method="repq", preset="paper")),
+        Row("Q-Diffusion", dict(method="qdiffusion", preset="paper")),
+        Row("TFMQ-DM", dict(method="tfmq", preset="paper")),
+        Row("G4W+P4A", dict(method="g4w_p4a", preset="paper", group_size=group_size)),
+        Row("PTQ4DiT", dict(method="ptq4dit", preset="paper")),
+        Row("HTG", dict(method="htg", preset="paper")),
+        Row("Q-DiT", dict(method="qdit", preset="paper", group_size=group_size)),
+        Row("ViDiT-Q", dict(method="viditq", preset="paper")),
+        Row("SVDQuant, rank 32", dict(method="svdquant", preset="paper")),
+        Row("ours: htg, its default here", dict(method="htg")),
+        Row("ours: speed", dict(preset="speed")),
+        Row("ours: balanced", dict(preset="balanced")),
+        Row("ours: quality", dict(preset="quality")),
     ]
-    plain_htg = dict(paper_htg, linkage="optimal", scope="model", ema_steps=100)
+    paper_htg = dict(method="htg", preset="paper", quantize_attention=False)
+    plain_htg = dict(method="htg", search="mse", output_correction=False)
     htg = [
         Row("none", dict(static, search="mse")),
         Row("+ shift", dict(plain_htg, scale=False)),
         Row("+ scale", dict(plain_htg, shift=False)),
         Row("+ shift, scale", plain_htg),
-        *(Row(f"G = {groups}", dict(plain_htg, groups=groups)) for groups in (1, 2, 5, 10, 20)),
-        *(Row(f"alpha = {ema}", dict(plain_htg, ema=ema)) for ema in (0.0, 0.5, 0.9, 0.99, 0.999)),
+        Row("the same, to the letter", paper_htg),
+        *(Row(f"G = {groups}", dict(plain_htg, groups=groups)) for groups in (1, 5, 10)),
+        *(Row(f"alpha = {ema}", dict(plain_htg, ema=ema)) for ema in (0.9, 0.999)),
     ]
     ptq4dit = [
         Row("baseline", dict(static, search="mse")),
         Row("+ CSB", dict(method="ptq4dit", calibrate_salience=False)),
         Row("+ CSB, SSC", dict(method="ptq4dit")),
+        Row("+ CSB, SSC of samples", dict(method="ptq4dit", per_sample=True)),
+        Row("baseline + AdaRound", dict(static, search="mse", rounding="adaround")),
         Row("+ CSB, SSC, AdaRound", dict(method="ptq4dit", rounding="adaround")),
     ]
+    small = min(32, group_size)
     qdit = [
-        Row("RTN", static),
-        Row("+ groups", dict(static, group_size=group_size)),
-        Row("+ groups, dynamic", dict(method="qdit", group_size=group_size)),
-        Row("+ groups, dynamic, search of group sizes"),
+        Row("RTN, static", static),
+        Row("+ groups", dict(static, group_size=small)),
+        Row("+ groups, dynamic", dict(method="qdit", group_size=small)),
+        Row("groups of 64, dynamic", dict(method="qdit", group_size=64)),
+        Row("sizes searched, at the BitOps of 64", dict(method="qdit", group_size=64), find="group sizes"),
     ]
     viditq = [
         Row("static, a tensor", static),
@@ -114,7 +117,7 @@ def tables(group_size: int) -> dict[str, tuple[str, list[Row]]]:
         Row("+ scaling", dict(method="viditq", rotate=False)),
         Row("+ rotation", dict(method="quarot")),
         Row("+ scaling, rotation", dict(method="viditq")),
-        Row("+ scaling, rotation, mixed precision"),
+        Row("+ scaling, rotation, mixed precision", dict(method="viditq"), find="bits"),
     ]
     return {
         "main": ("Methods", main),
@@ -173,7 +176,9 @@ class Bench:
 
     def place(self, name: str, *settings: Any) -> Path:
         """Of a cell or a file: other settings, another place."""
-        content = [self.model, self.options.calibration, self.options.batch, self.options.guidance, *settings]
+        options = self.options
+        content = [self.model, options.calibration, options.calibration_batch, options.samples]
+        content += [options.batch, options.guidance, *settings]
         text = json.dumps([content, list(self.classes), self.prompts], sort_keys=True)
         slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
         return self.folder / f"{slug}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
@@ -182,15 +187,16 @@ class Bench:
         """Calibrated once for a number of steps."""
         path = self.place(f"statistics {steps} steps", self.second_moments).with_suffix(".safetensors")
         if not path.exists():
-            sampling = self.sampling(self.options.calibration, steps)
-            starts = range(0, sampling.images, sampling.batch)
-            calls = [sampling.call(first, min(first + sampling.batch, sampling.images)) for first in starts]
+            sampling, size = self.sampling(self.options.calibration, steps), self.options.calibration_batch
+            starts = range(0, sampling.images, size)
+            calls = [sampling.call(first, min(first + size, sampling.images)) for first in starts]
             statistics = dq.calibrate(
                 self.load(),
                 calls,
                 num_inference_steps=steps,
                 seed=CALIBRATION_SEED,
                 second_moments=self.second_moments,
+                samples=self.options.samples,
                 checkpoint=path.with_suffix(".checkpoint"),
             )
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -205,17 +211,17 @@ class Bench:
 
     def quantized(self, row: Row, steps: int, bits: str) -> Cell:
         """One cell; an error is its content, not the end of the table."""
-        reason = row.missing()
-        if reason is not None:
-            return Cell(row.label, steps, bits, error=reason)
-        assert row.config is not None
         config = {**_bits(bits), **row.config}
-        name = f"{steps} {bits} {row.config['method']}"  # rows of several tables that are one configuration share it
-        place = self.place(name, self.options.images, self.options.seed, steps, config)
+        name = f"{steps} {bits} {row.method}"  # rows of several tables that are one configuration share it
+        place = self.place(name, self.options.images, self.options.seed, steps, config, *([row.find] * bool(row.find)))
 
         def load() -> DiffusionPipeline:
             pipe, checked = self.load(), dq.DQConfig(**config)
-            dq.quantize(pipe, checked, statistics=self.statistics(steps))
+            if row.find:
+                checked = self.found(row.find, pipe, checked, steps, place)
+            learning = place / "learning.safetensors"
+            place.mkdir(parents=True, exist_ok=True)
+            dq.quantize(pipe, checked, statistics=self.statistics(steps), checkpoint=learning)
             return pipe
 
         try:
@@ -225,6 +231,32 @@ class Bench:
         except Exception as error:  # of a method under work: hours of other cells wait behind this one
             traceback.print_exc()
             return Cell(row.label, steps, bits, error=f"{type(error).__name__}: {str(error).splitlines()[0]}")
+
+    def found(self, what: str, pipe: DiffusionPipeline, config: dq.DQConfig, steps: int, place: Path) -> dq.DQConfig:
+        """The configuration with group sizes of the BitOps of its own, or bits of a mean of one more; kept as JSON."""
+        statistics = dq.Statistics.load(self.statistics(steps))
+        place.mkdir(parents=True, exist_ok=True)
+        checkpoint = place / "search.json"
+        if what == "bits":
+            budget = config.weight_bits + 1.0
+            config = dq.allocate_bits(
+                pipe, config, statistics, budget=budget, bits=(4, 6, 8), mode="decoupled", checkpoint=checkpoint
+            )
+        else:
+            config = dq.search_group_sizes(
+                pipe,
+                config,
+                [self.sampling(4, steps).call(0, 4)],
+                num_inference_steps=10,
+                statistics=statistics,
+                limit=dq.search.BitOpsOf(config.group_size or 64),
+                population=16,
+                generations=GENERATIONS,
+                seed=CALIBRATION_SEED,
+                checkpoint=checkpoint,
+            )
+        config.to_json_file(place / "found.json")
+        return config
 
     def _measured(self, label: str, steps: int, bits: str, place: Path, load: Any, full: PictureSet | None) -> Cell:
         key = self._judged()
@@ -350,7 +382,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--guidance", type=float, default=1.5)
     parser.add_argument("--classes", type=int, help="by default the pipeline's own labels")
     parser.add_argument("--prompts", type=Path, help="text file, a prompt a line")
-    parser.add_argument("--calibration", type=int, default=32, help="pictures to calibrate on")
+    parser.add_argument("--calibration", type=int, default=64, help="pictures to calibrate on")
+    parser.add_argument(
+        "--calibration-batch", type=int, default=4, help="pictures of a call; rounding learns on calls"
+    )
+    parser.add_argument("--samples", type=int, default=100, help="steps of all calibration that learning and fits see")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="float32")
@@ -361,7 +397,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _chosen(title: str, rows: Sequence[Row], options: argparse.Namespace) -> tuple[str, list[Row]]:
     methods = options.methods
-    rows = [row for row in rows if not methods or (row.config is not None and row.config["method"] in methods)]
+    rows = [row for row in rows if not methods or row.method in methods]
     rows = [row for row in rows if not any(text.lower() in row.label.lower() for text in options.skip)]
     if not rows:
         raise ValueError(f"the table {title!r} has no row that --methods and --skip leave")
@@ -371,7 +407,7 @@ def _chosen(title: str, rows: Sequence[Row], options: argparse.Namespace) -> tup
 def _learns(row: Row) -> bool:
     """Whether the row needs second moments."""
     try:
-        return row.missing() is None and dq.DQConfig(**(row.config or {})).recipe.rounding == "gptq"
+        return dq.DQConfig(**row.config).recipe.rounding == "gptq"
     except (TypeError, ValueError):  # its cells will say so
         return False
 

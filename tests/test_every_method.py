@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiTPipeline
+from diffusers import DiTPipeline, DiTTransformer2DModel
 from support import PIXART_CALL, assert_close, tiny_pixart_pipeline
 
 import diffusers_dq as dq
 from diffusers_dq.linear import QuantizedLinear
 from diffusers_dq.methods import METHODS
+from diffusers_dq.specs import spec_of
 
 NAMES = sorted(dq.methods())
 WITH_A_PART_OF_ITS_OWN = ["svdquant", "tfmq", "g4w_p4a", "ptqd"]
@@ -138,7 +139,7 @@ def pixart_statistics() -> dq.Statistics:
 @torch.no_grad()
 def run_pixart(model: torch.nn.Module) -> torch.Tensor:
     seed = torch.Generator().manual_seed(0)
-    noise, text = torch.randn(2, 4, 8, 8, generator=seed), torch.randn(2, 5, 32, generator=seed)
+    noise, text = (torch.randn(*shape, generator=seed).to(model.dtype) for shape in ((2, 4, 8, 8), (2, 5, 32)))
     sizes = {"resolution": None, "aspect_ratio": None}
     steps = [torch.tensor([t, t]) for t in (950, 500, 20)]
     return torch.stack([model(noise, text, timestep=t, added_cond_kwargs=sizes).sample for t in steps])
@@ -154,6 +155,17 @@ def test_a_text_model_without_a_spec(method, pixart_statistics, tmp_path):
     assert decibels(output, expected) > 25
     pipe.transformer.save_pretrained(tmp_path)
     assert torch.equal(run_pixart(type(pipe.transformer).from_pretrained(tmp_path)), output)
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_its_transforms_alone_are_the_original_function_where_nothing_can_be_folded(method, pixart_statistics):
+    """PixArt's modulation is shared by all blocks (methods.md, 0.1 c), so all of them are made online; fp64."""
+    pipe = tiny_pixart_pipeline()
+    pipe.transformer.double()
+    expected = run_pixart(pipe.transformer)
+    settings = config(method, weight_bits=16, activation_bits=16)
+    dq.quantize(pipe, settings, statistics=pixart_statistics, progress=False)
+    assert (run_pixart(pipe.transformer) - expected).norm() <= 1e-10 * expected.norm()
 
 
 @pytest.fixture(scope="module")
@@ -179,3 +191,34 @@ def test_a_model_of_tokens_without_a_spec(method, tiny_flux, run_flux, flux_stat
     assert decibels(output, expected) > 25
     pipe.transformer.save_pretrained(tmp_path)
     assert torch.equal(run_flux(type(pipe.transformer).from_pretrained(tmp_path)), output)
+
+
+# Storage, by counting
+
+
+def test_the_parameters_of_dit_xl_2():
+    """675.13 million with the position embedding, which diffusers keeps as a buffer, and embedders counted once; two
+    thirds of them in weights of the blocks, one third in weights of the modulation."""
+    with torch.device("meta"):
+        model = DiTTransformer2DModel(num_layers=28, sample_size=32, num_embeds_ada_norm=1000, out_channels=8)
+    duplicates = {f"{copied}." for copied, _ in spec_of(model).duplicates}
+    once = {
+        n: p.numel() for n, p in model.named_parameters() if not any(n.startswith(copied) for copied in duplicates)
+    }
+    assert round((sum(once.values()) + model.pos_embed.pos_embed.numel()) / 1e6, 2) == 675.13
+    of_blocks = sum(
+        n for name, n in once.items() if ".norm1." not in name and name.endswith("weight") and "blocks" in name
+    )
+    modulation = sum(n for name, n in once.items() if name.endswith("norm1.linear.weight"))
+    assert (round(of_blocks / 1e6, 1), round(modulation / 1e6, 2)) == (445.9, 222.95)
+
+
+@pytest.mark.parametrize("groups", [3, 10])
+def test_a_timestep_group_of_htg_costs_14_c_a_block(groups, dit_folder, dit_statistics):
+    """Biases of query, key, value 3 C, output C, MLP 4 C, and of all 6 C rows of the modulation, in fp32. (The paper
+    counts 2 C of the modulation, those that shift, and C for the output's own shift: 11 C in fp16.)"""
+    sizes = [
+        dq.inspect(quantized_pipe(dit_folder, dit_statistics, "htg", groups=g, scope="model")).nbytes
+        for g in (2, groups)
+    ]
+    assert sizes[1] - sizes[0] == (groups - 2) * 14 * 32 * 4 * 2
