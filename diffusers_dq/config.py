@@ -131,7 +131,8 @@ class DQConfig(QuantizationConfigMixin):
         self.options = dict(options)
         self.result = None if result is None else copy.deepcopy(dict(result))
         self._fill_in(settings)
-        self._check()
+        if self.result is None:  # a quantized model's layers say all themselves: its method need not be known here
+            self._check()
 
     def _fill_in(self, settings: Mapping[str, Any]) -> None:
         """A preset's, wherever nothing else was said."""

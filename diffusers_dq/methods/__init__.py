@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quantization methods, one file a paper; importing the package registers them all."""
 
-from diffusers_dq.methods.base import METHODS, Method, Site, Solution
+from diffusers_dq.methods.base import METHODS, Method, MethodOptions, Site, Solution
 from diffusers_dq.registry import import_submodules
 
 import_submodules(__name__)
@@ -12,4 +12,4 @@ def methods() -> dict[str, str]:
     return {name: METHODS[name].summary for name in METHODS}
 
 
-__all__ = ["METHODS", "Method", "Site", "Solution", "methods"]
+__all__ = ["METHODS", "Method", "MethodOptions", "Site", "Solution", "methods"]
