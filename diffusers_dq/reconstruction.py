@@ -8,7 +8,7 @@ the samples that calibration kept, up to the unit, so memory holds one unit's in
 
 import json
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,10 @@ from diffusers_dq.adaround import SoftLinear, annealed, cosine
 from diffusers_dq.affine import QuantizedWeight
 from diffusers_dq.building import folded, low_rank_of
 from diffusers_dq.linear import QuantizedLinear
-from diffusers_dq.model_inputs import ModelInput, moved
+from diffusers_dq.model_inputs import moved
 from diffusers_dq.planning import LinearPlan, Plan
 from diffusers_dq.recipe import Reconstruction
-from diffusers_dq.replay import Replay, swapped
+from diffusers_dq.replay import Replay, run_up_to, swapped, tensors_in, units_of
 from diffusers_dq.statistics import check_writable
 
 Build = Callable[[str, nn.Linear, LinearPlan], QuantizedLinear]
@@ -122,14 +122,14 @@ class Reconstructor:
         found = []
         with swapped(self.model, layers):
             for timestep, sample in self.replay.inputs():
-                args, kwargs, output = _run_up_to(self.model, unit, sample)
+                args, kwargs, output = run_up_to(self.model, unit, sample)
                 found.append(Passage(timestep, *moved((args, kwargs, output), "cpu")))
         return found
 
     def _outputs(self, unit: str, passage: Passage) -> tuple[Tensor, ...]:
         self.replay.select(passage.timestep)
         args, kwargs = moved((passage.args, passage.kwargs), self.replay.device)
-        return _tensors(self.model.get_submodule(unit)(*args, **kwargs))
+        return tensors_in(self.model.get_submodule(unit)(*args, **kwargs))
 
     @torch.no_grad()
     def _error(self, unit: str, passages: Sequence[Passage]) -> float:
@@ -204,58 +204,6 @@ class Reconstructor:
                 found = replace(found, scale=tensors[f"{name}/input_scale"])
             self.linears[name] = replace(plan, decided=decided, input_range=found)
         return done
-
-
-def units_of(model: nn.Module, linears: Sequence[str], unit: str, apart: Collection[str] = ()) -> dict[str, list[str]]:
-    """Unit -> the linears in it, in the order of the model's modules.
-
-    A block is a member of an outermost nn.ModuleList. A linear outside of all blocks, or among `apart`, is a unit of
-    its own; those apart come first, for what they put out is the same whatever other units do.
-    """
-    blocks = [] if unit == "layer" else [f"{name}." for name in _blocks(model)]
-    units: dict[str, list[str]] = {}
-    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
-    for name in sorted(linears, key=lambda name: (name not in apart, order[name])):
-        block = (
-            f"{name}." if name in apart else next((block for block in blocks if name.startswith(block)), f"{name}.")
-        )
-        units.setdefault(block[:-1], []).append(name)
-    return units
-
-
-def _blocks(module: nn.Module, prefix: str = "") -> Iterator[str]:
-    for name, child in module.named_children():
-        if isinstance(child, nn.ModuleList):
-            yield from (f"{prefix}{name}.{i}" for i in range(len(child)))
-        else:
-            yield from _blocks(child, f"{prefix}{name}.")
-
-
-class _Reached(Exception):
-    """The unit has run, and nothing behind it has to."""
-
-
-def _run_up_to(model: nn.Module, unit: str, sample: ModelInput) -> tuple[tuple[Any, ...], Any, tuple[Tensor, ...]]:
-    """Arguments and outputs of a unit in the model's forward on the sample."""
-    found: list[tuple[tuple[Any, ...], Any, tuple[Tensor, ...]]] = []
-
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        found.append((args, kwargs, _tensors(output)))
-        raise _Reached
-
-    handle = model.get_submodule(unit).register_forward_hook(hook, with_kwargs=True)
-    try:
-        model(**sample)
-    except _Reached:
-        return found[0]
-    finally:
-        handle.remove()
-    raise ValueError(f"{unit} is never run by a forward of {type(model).__name__}, so its rounding cannot be learned")
-
-
-def _tensors(output: Any) -> tuple[Tensor, ...]:
-    parts = output if isinstance(output, tuple | list) else (output,)
-    return tuple(part for part in parts if isinstance(part, Tensor))
 
 
 def _loss(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:

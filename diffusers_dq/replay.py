@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs a model again on the inputs that calibration kept, with other layers in place if need be."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -44,19 +44,40 @@ class Replay:
         if self._step_bits is not None:
             self.groups.activation_bits = self._step_bits.at(float(timestep.max() if descending else timestep.min()))
 
+    def timesteps(self) -> list[Tensor]:
+        """Of each sample, [n]."""
+        return [timestep_of(sample, self._timestep) for sample in self.statistics.samples]
+
     def inputs(self) -> Iterator[tuple[Tensor, ModelInput]]:
-        """Timesteps [n] and input of each sample, on the model's device, its timestep group selected."""
+        """Timesteps [n] and input of each sample, on the model's device, its timestep group selected.
+
+        Meanwhile the model is in evaluation mode.
+        """
         dtypes = self.statistics.dtypes_for(self.model)
-        for sample in self.statistics.samples:
-            timestep = timestep_of(sample, self._timestep)
-            self.select(timestep)
-            yield timestep, moved(sample, self.device, dtypes)
+        with evaluating(self.model):
+            for sample in self.statistics.samples:
+                timestep = timestep_of(sample, self._timestep)
+                self.select(timestep)
+                yield timestep, moved(sample, self.device, dtypes)
 
     @torch.no_grad()
     def outputs(self, layers: Mapping[str, nn.Module]) -> list[tuple[Tensor, Tensor]]:
         """Timesteps [n] and what the model predicts from each sample with `layers` in place, on the CPU."""
         with swapped(self.model, layers):
             return [(timestep, prediction(self.model(**sample)).cpu()) for timestep, sample in self.inputs()]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode for the time being: in training DiT forgets a tenth of its labels, at random, and a
+    model that `from_pretrained` is about to return is not in evaluation mode yet."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @contextmanager
@@ -76,3 +97,55 @@ def prediction(output: Any) -> Tensor:
     """The sample in what a diffusers transformer returns."""
     sample: Tensor = output.sample if hasattr(output, "sample") else output[0]
     return sample
+
+
+class _Reached(Exception):
+    """The unit has run, and nothing behind it has to."""
+
+
+def run_up_to(model: nn.Module, unit: str, sample: ModelInput) -> tuple[tuple[Any, ...], Any, tuple[Tensor, ...]]:
+    """Arguments and outputs of a unit in the model's forward on the sample. Raises ValueError if it is never run."""
+    found: list[tuple[tuple[Any, ...], Any, tuple[Tensor, ...]]] = []
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        found.append((args, kwargs, tensors_in(output)))
+        raise _Reached
+
+    handle = model.get_submodule(unit).register_forward_hook(hook, with_kwargs=True)
+    try:
+        model(**sample)
+    except _Reached:
+        return found[0]
+    finally:
+        handle.remove()
+    raise ValueError(f"{unit} is never run by a forward of {type(model).__name__}, so its rounding cannot be learned")
+
+
+def tensors_in(output: Any) -> tuple[Tensor, ...]:
+    parts = output if isinstance(output, tuple | list) else (output,)
+    return tuple(part for part in parts if isinstance(part, Tensor))
+
+
+def units_of(model: nn.Module, linears: Sequence[str], unit: str, apart: Collection[str] = ()) -> dict[str, list[str]]:
+    """Unit -> the linears in it, in the order of the model's modules.
+
+    A block is a member of an outermost nn.ModuleList. A linear outside of all blocks, or among `apart`, is a unit of
+    its own; those apart come first, for what they put out is the same whatever other units do.
+    """
+    blocks = [] if unit == "layer" else [f"{name}." for name in _blocks(model)]
+    units: dict[str, list[str]] = {}
+    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    for name in sorted(linears, key=lambda name: (name not in apart, order[name])):
+        block = (
+            f"{name}." if name in apart else next((block for block in blocks if name.startswith(block)), f"{name}.")
+        )
+        units.setdefault(block[:-1], []).append(name)
+    return units
+
+
+def _blocks(module: nn.Module, prefix: str = "") -> Iterator[str]:
+    for name, child in module.named_children():
+        if isinstance(child, nn.ModuleList):
+            yield from (f"{prefix}{name}.{i}" for i in range(len(child)))
+        else:
+            yield from _blocks(child, f"{prefix}{name}.")

@@ -7,7 +7,8 @@ from diffusers import DiTPipeline
 from support import CALLS, PIXART_CALL, tiny_dit, tiny_pixart, tiny_pixart_pipeline
 
 import diffusers_dq as dq
-from diffusers_dq.reconstruction import Reconstructor, units_of
+from diffusers_dq.reconstruction import Reconstructor
+from diffusers_dq.replay import units_of
 
 ADAROUND = dict(weight_bits=4, rounding="adaround", reconstruction=dict(iterations=40))
 
