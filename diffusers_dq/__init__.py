@@ -8,6 +8,7 @@ from diffusers_dq.calibration import calibrate
 from diffusers_dq.config import DQConfig
 from diffusers_dq.evaluation import Comparison, compare
 from diffusers_dq.methods import methods
+from diffusers_dq.noise_correction import PTQDScheduler
 from diffusers_dq.quantize import quantize
 from diffusers_dq.quantizer import register
 from diffusers_dq.report import LinearReport, QuantizationReport, inspect
@@ -20,6 +21,7 @@ __all__ = [
     "Comparison",
     "DQConfig",
     "LinearReport",
+    "PTQDScheduler",
     "QuantizationReport",
     "Statistics",
     "allocate_bits",

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import diffusers_dq_kernels as ops
 from diffusers_dq import affine
@@ -51,11 +52,26 @@ class QuantizedAttnProcessor:
         query, key, value = (
             split_heads(projection(hidden_states), attn.heads) for projection in (attn.to_q, attn.to_k, attn.to_v)
         )
+        if not rounds_in_this_step(attn.to_q):
+            output = F.scaled_dot_product_attention(query, key, value, scale=attn.scale)
+            return _project_out(attn, output)
         scales = (getattr(attn, f"{name}_scale").float() for name in OPERANDS)  # model.to(dtype) casts them as well
         attend: Any = ops.attention_int8 if self.softmax == "uniform" else attention_log_sqrt2
         output = attend(query, key, value, *scales, attn.scale, self.bits)  # [B, H, N, D]
-        merged = output.transpose(1, 2).flatten(2)  # [B, N, H D]
-        return attn.to_out[1](attn.to_out[0](merged)) / attn.rescale_output_factor
+        return _project_out(attn, output)
+
+
+def rounds_in_this_step(query: nn.Module) -> bool:
+    """Whether the projection's step policy has activations rounded now; yes without a policy."""
+    groups = getattr(query, "groups", None)
+    return groups is None or groups.activation_bits is None or groups.activation_bits < 16
+
+
+def _project_out(attn: Any, output: Tensor) -> Tensor:
+    """output: [B, H, N, D].   Returns [B, N, H D]."""
+    merged = output.transpose(1, 2).flatten(2)
+    projected: Tensor = attn.to_out[1](attn.to_out[0](merged)) / attn.rescale_output_factor
+    return projected
 
 
 def attention_log_sqrt2(

@@ -12,7 +12,7 @@ from diffusers_dq import affine
 from diffusers_dq.affine import QuantizedWeight
 from diffusers_dq.gptq import quantize_weight_gptq
 from diffusers_dq.linear import InputRounding, LinearLayout, QuantizedLinear
-from diffusers_dq.low_rank import low_rank_factors
+from diffusers_dq.low_rank import is_worth_it, low_rank_factors
 from diffusers_dq.planning import LinearPlan
 from diffusers_dq.scheme import QuantScheme
 from diffusers_dq.timesteps import TimestepGroups, expand, group_of
@@ -86,10 +86,9 @@ def build_linear(
 def low_rank_of(exact: Tensor, plan: LinearPlan) -> tuple[Tensor, Tensor] | None:
     """Factors [r, K] and [N, r] of the part of the folded weight that is not rounded; None where all of it is, and for
     a rank so high that factors would be larger than the weight."""
-    rank = plan.recipe.low_rank
-    if not rank or plan.weight_scheme is None or rank * sum(exact.shape) >= exact.numel():
+    if plan.weight_scheme is None or not is_worth_it(plan.recipe.low_rank, exact.shape):
         return None
-    return low_rank_factors(exact, rank)
+    return low_rank_factors(exact, plan.recipe.low_rank)
 
 
 def _on_arrival(down: Tensor, up: Tensor, tables: dict[str, Tensor], plan: LinearPlan) -> tuple[Tensor, Tensor]:

@@ -145,6 +145,8 @@ class DQConfig(QuantizationConfigMixin):
     def _check(self) -> None:
         self.recipe_of("")  # raises where method, options or recipe are wrong
         self.reconstruction_settings()
+        if self.step_bits == []:
+            raise ValueError("step_bits must hold the bits of at least one part of the schedule, got []")
         for of_steps in self.step_bits or ():
             Bits(self.weight_bits, of_steps)
         if self.has_step_policy and self.activation_bits == NOT_ROUNDED:

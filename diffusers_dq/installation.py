@@ -169,6 +169,7 @@ def install(
         fusion.fuse(model)
     except BaseException:
         _remove_selection(model)
+        fusion.unfuse(model)
         for name, processor in processors.items():
             attention.detach(model.get_submodule(name), processor)
         for name, module in replaced.items():

@@ -319,10 +319,10 @@ class QuantizedLinear(nn.Linear):
         group = self._group(x.device)
         if self._shared_input is None:
             return self._round(x, group)
-        found = self._shared_input.find(x, self.groups.index)
+        found = self._shared_input.find(x, self.groups.index, self.activation_bits)
         if found is None:
             found = self._round(x, group)
-            self._shared_input.keep(x, self.groups.index, found)
+            self._shared_input.keep(x, self.groups.index, found, self.activation_bits)
         return found
 
     def rounded_norm(self, hidden_states: Tensor, norm: nn.LayerNorm, scale: Tensor, shift: Tensor) -> RoundedInput:
@@ -347,7 +347,7 @@ class QuantizedLinear(nn.Linear):
         with torch.inference_mode(False), torch.set_grad_enabled(gradients):
             x, rounded = self._round_norm(hidden_states, norm, scale, shift, keep=True)
         self._shared_input = self._shared_input or SharedInput()
-        self._shared_input.keep(x, self.groups.index, rounded)
+        self._shared_input.keep(x, self.groups.index, rounded, self.activation_bits)
         return x
 
     def _round_norm(

@@ -5,6 +5,22 @@ import torch
 from torch import Tensor
 
 
+def is_worth_it(rank: int, shape: torch.Size) -> bool:
+    """Whether the factors are smaller than the weight [N, K]."""
+    return 0 < rank * sum(shape) < shape.numel()
+
+
+def approximate_factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """`low_rank_factors` within a percent or so of their error, for trials: a tenth of the time for a wide weight.
+
+    By random projections (torch.svd_lowrank) from a seed of their own.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        u, s, v = torch.svd_lowrank(weight.float(), min(rank, *weight.shape), niter=3)
+    return v.T.to(weight.dtype), (u * s).to(weight.dtype)
+
+
 def low_rank_factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """(D [r, K], U [N, r]) such that U D is the best approximation of weight [N, K] of that rank (Eckart and Young).
 

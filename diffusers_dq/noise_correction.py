@@ -14,13 +14,16 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, SchedulerMixin
 from torch import Tensor, nn
 
 from diffusers_dq.denoise import TimestepArgument
 from diffusers_dq.replay import prediction
 
 NAME = "noise_correction"
+
+# A pipeline looks for the base class in the module of a scheduler that is not diffusers' own, to load it again.
+__all__ = ["NAME", "CorrectOutput", "NoiseCorrection", "PTQDScheduler", "SchedulerMixin", "fit"]
 
 
 class NoiseCorrection(nn.Module):
@@ -47,7 +50,7 @@ class NoiseCorrection(nn.Module):
         timestep = timestep.reshape(len(timestep) if timestep.ndim else 1, -1).amax(1, keepdim=True)
         step = (self.timesteps - timestep.to(self.timesteps)).abs().argmin(1)  # [n]
         channels = self.mean.shape[1]
-        axis = _channel_axis(sample)
+        axis = _channel_axis(sample, channels)
         noise = sample.narrow(axis, 0, channels)
         shape = [-1] + [1] * (sample.ndim - 1)
         mean_shape = list(shape)
@@ -63,9 +66,20 @@ class NoiseCorrection(nn.Module):
         return self
 
 
-def _channel_axis(sample: Tensor) -> int:
-    """Tokens come last but one, [n, tokens, C]; pictures and videos have channels second."""
-    return 2 if sample.ndim == 3 else 1
+def _channel_axis(sample: Tensor, channels: int) -> int:
+    """The axis of as many channels, or twice as many with a learned variance: of tokens [n, tokens, C] the last, of
+    pictures and most videos the second, of some videos [n, frames, C, H, W] the third.
+
+    Raises ValueError where no axis fits.
+    """
+    likely = (2, 1) if sample.ndim == 3 else (1, 2)
+    axis = next((axis for axis in likely if sample.shape[axis] in (channels, 2 * channels)), None)
+    if axis is None:
+        raise ValueError(
+            f"noise correction needs a prediction with {channels} channels, or twice as many, second or third; got"
+            f" {tuple(sample.shape)}"
+        )
+    return axis
 
 
 def fit(pairs: Iterable[tuple[Tensor, Tensor, Tensor]], in_channels: int) -> NoiseCorrection:
@@ -75,7 +89,7 @@ def fit(pairs: Iterable[tuple[Tensor, Tensor, Tensor]], in_channels: int) -> Noi
     """
     errors: dict[float, list[tuple[Tensor, Tensor]]] = defaultdict(list)
     for timestep, exact, quantized in pairs:
-        axis = _channel_axis(exact)
+        axis = _channel_axis(exact, in_channels)
         channels = min(in_channels, exact.shape[axis])
         both = (x.narrow(axis, 0, channels).movedim(axis, 0).flatten(1).double() for x in (exact, quantized))
         errors[float(timestep.max())].append(tuple(both))  # type: ignore[arg-type]
@@ -122,7 +136,8 @@ class PTQDScheduler(DDPMScheduler):
     """DDPM whose own noise makes room for the quantization noise that predictions bring along (PTQD, Eq. 15).
 
     sigma'^2 = max(0, sigma^2 - (beta_t^2 / (alpha_t (1 - alpha-bar_t))) Var[r_t] / (1 + k_t)^2), with the variance
-    averaged over channels. Guidance, which mixes two predictions, is not accounted for.
+    averaged over channels. Guidance, which mixes two predictions, is not accounted for. A scheduler loaded from a file
+    follows nothing until it is told to.
     """
 
     def follow(self, transformer: nn.Module) -> "PTQDScheduler":

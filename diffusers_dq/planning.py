@@ -218,11 +218,9 @@ def make_plan(
         if name not in kept
     }
     groups = [group for group in spec.groups if any(name in plans for name in group.linears)]
-    seen = (
-        statistics.at(method.calibration_steps(statistics.timesteps))
-        if config.needs_statistics and statistics
-        else None
-    )
+    seen = None
+    if config.needs_statistics and statistics is not None:
+        seen = statistics.at(method.calibration_steps(statistics.timesteps))
     maxima = None if seen is None else _SampleMaxima(model, seen, [group.name for group in groups])
     sites = [_site(model, group, plans, spec, seen, maxima, config) for group in groups]
     solution = method.solve(sites, None if seen is None else seen.timesteps)
@@ -243,13 +241,14 @@ def _step_bits(config: DQConfig, statistics: Statistics | None, plans: Mapping[s
     if not config.has_step_policy or statistics is None:
         return None
     found = StepBits.of_schedule(statistics.timesteps, config.guard_steps or (0, 0), config.step_bits)
-    static = next((name for name, plan in plans.items() if plan.scheme is not None and not plan.scheme.dynamic), None)
-    fixed = {None, NOT_ROUNDED, config.activation_bits}
-    if found is not None and static is not None and not fixed.issuperset(found.bits):
-        raise ValueError(
-            f"step_bits {config.step_bits}: the static range of {static} is for {config.activation_bits} bits; use 16"
-            " there, or a method with dynamic activations"
-        )
+    for name, plan in plans.items():
+        if found is None or plan.scheme is None or plan.scheme.dynamic:
+            continue
+        if not {None, NOT_ROUNDED, plan.scheme.bits}.issuperset(found.bits):
+            raise ValueError(
+                f"step_bits {config.step_bits}: the static range of {name} is for {plan.scheme.bits} bits; use 16"
+                " there, or a method with dynamic activations"
+            )
     return found
 
 

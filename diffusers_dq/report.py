@@ -80,7 +80,8 @@ def inspect(model_or_path: Any) -> QuantizationReport:
         model = AutoModel.from_pretrained(str(folder / "transformer" if (folder / "transformer").is_dir() else folder))
     else:
         model = denoiser(model_or_path)
-    config = model.config.get("quantization_config")
+    quantizer = getattr(model, "hf_quantizer", None)
+    config = quantizer.quantization_config if quantizer is not None else model.config.get("quantization_config")
     result = getattr(config, "result", None) or {}
     notes = result.get("notes", {})
     return QuantizationReport(

@@ -18,7 +18,7 @@ class RoundedInput(NamedTuple):
 
 class _Kept(NamedTuple):
     activation: "weakref.ref[Tensor]"
-    versions: tuple[int, int]
+    versions: tuple[int, ...]
     rounded: RoundedInput
 
 
@@ -34,17 +34,17 @@ class SharedInput:
     def __init__(self) -> None:
         self._kept: _Kept | None = None
 
-    def find(self, activation: Tensor, group: Tensor) -> RoundedInput | None:
-        """group: the tensor that holds the timestep group."""
+    def find(self, activation: Tensor, group: Tensor, bits: int) -> RoundedInput | None:
+        """group: the tensor that holds the timestep group.   bits: that it was rounded to."""
         kept = self._kept
-        if kept is None or kept.activation() is not activation or kept.versions != _versions(activation, group):
+        if kept is None or kept.activation() is not activation or kept.versions != _versions(activation, group, bits):
             return None
         return kept.rounded
 
-    def keep(self, activation: Tensor, group: Tensor, rounded: RoundedInput) -> None:
+    def keep(self, activation: Tensor, group: Tensor, rounded: RoundedInput, bits: int) -> None:
         if activation.is_inference() or group.is_inference() or activation.requires_grad:
             return
-        self._kept = _Kept(weakref.ref(activation, self._forget), _versions(activation, group), rounded)
+        self._kept = _Kept(weakref.ref(activation, self._forget), _versions(activation, group, bits), rounded)
 
     def _forget(self, _: object) -> None:
         self._kept = None
@@ -56,6 +56,6 @@ class SharedInput:
         return SharedInput, ()
 
 
-def _versions(activation: Tensor, group: Tensor) -> tuple[int, int]:
-    """How often each has been written to in place."""
-    return activation._version, group._version
+def _versions(activation: Tensor, group: Tensor, bits: int) -> tuple[int, ...]:
+    """How often each has been written to in place, and the bits."""
+    return activation._version, group._version, bits

@@ -68,7 +68,7 @@ def test_slope_mean_and_variance_of_noisy_pairs():
 
 
 @given(seed=st.integers(0, 99), noise=st.sampled_from([0.0, 0.3, 2.0]))
-@settings(max_examples=15)
+@settings(max_examples=15, deadline=None)
 def test_what_is_left_has_no_mean_and_follows_the_prediction_no_more(seed, noise):
     """r - E[r] in each channel, and uncorrelated with the prediction: the normal equations, in fp64 but for tables."""
     found, _ = pairs(SHAPES["picture"], noise, seed)
@@ -311,3 +311,13 @@ def test_it_stands_in_a_pipeline(corrected):
     pipe.scheduler = PTQDScheduler.from_config(corrected.scheduler.config).follow(corrected.transformer)
     call = dict(num_inference_steps=3, output_type="np", generator=torch.Generator().manual_seed(0))
     assert pipe(class_labels=[1], **call).images.shape == (1, 8, 8, 3)
+
+
+def test_a_pipeline_with_it_is_saved_and_loaded(corrected, tmp_path):
+    """It has to follow the loaded transformer again."""
+    pipe = copy.copy(corrected)
+    pipe.register_modules(scheduler=PTQDScheduler.from_config(corrected.scheduler.config))
+    pipe.save_pretrained(tmp_path)
+    reloaded = DiTPipeline.from_pretrained(tmp_path)
+    assert type(reloaded.scheduler) is PTQDScheduler
+    assert reloaded.scheduler.follow(reloaded.transformer) is reloaded.scheduler

@@ -42,6 +42,17 @@ def test_layers_are_in_place_for_the_time_being(model, dit_statistics):
     assert torch.equal(model(**dit_statistics.samples[0]).sample, changed[0][1])
 
 
+@torch.no_grad()
+def test_a_model_in_training_is_evaluated_and_goes_on_training(model, dit_statistics):
+    """LabelEmbedding drops labels in training."""
+    expected = Replay(model, dit_statistics, TimestepGroups(), [()]).outputs({})
+    model.train()
+    model.transformer_blocks[0].ff.eval()
+    outputs = Replay(model, dit_statistics, TimestepGroups(), [()]).outputs({})
+    assert all(torch.equal(x, y) for (_, x), (_, y) in zip(expected, outputs, strict=True))
+    assert model.training and model.transformer_blocks[1].ff.training and not model.transformer_blocks[0].ff.training
+
+
 def test_after_a_failure_the_model_is_as_it_was(model, dit_statistics):
     name = "transformer_blocks.0.attn1.to_q"
     linear = model.get_submodule(name)

@@ -132,12 +132,12 @@ def test_kept_no_longer_than_the_activation():
     shared, group = SharedInput(), torch.zeros(1, dtype=torch.long)
     first, second = torch.randn(2, 4), torch.randn(2, 4)
     rounded = RoundedInput(torch.zeros(2, 4, dtype=torch.int8), None)
-    shared.keep(first, group, rounded)
-    assert shared.find(first, group) is rounded and shared.find(second, group) is None
-    shared.keep(second, group, rounded)
+    shared.keep(first, group, rounded, 8)
+    assert shared.find(first, group, 8) is rounded and shared.find(second, group, 8) is None
+    shared.keep(second, group, rounded, 8)
     del first
     gc.collect()
-    assert shared.find(second, group) is rounded, "the end of an older activation changes nothing"
+    assert shared.find(second, group, 8) is rounded, "the end of an older activation changes nothing"
     del second
     gc.collect()
     assert shared._kept is None

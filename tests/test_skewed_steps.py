@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffusers_dq.skewed_steps import draw_steps
@@ -19,6 +19,7 @@ def shares(drawn: torch.Tensor) -> torch.Tensor:
 
 
 @given(steps=st.integers(1, 50), mean=st.floats(0, 1), draws=st.integers(1, 99), seed=st.integers(0, 99))
+@settings(max_examples=50, deadline=None)
 def test_some_steps_are_drawn_and_the_same_for_a_seed(steps, mean, draws, seed):
     timesteps = torch.arange(steps).flip(0).float()
     drawn = draw_steps(timesteps, mean, 0.2, draws, seed)

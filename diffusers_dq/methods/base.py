@@ -14,7 +14,7 @@ from torch import Tensor
 
 from diffusers_dq import affine
 from diffusers_dq.checks import check_fields
-from diffusers_dq.low_rank import low_rank_factors
+from diffusers_dq.low_rank import approximate_factors, is_worth_it
 from diffusers_dq.recipe import Recipe
 from diffusers_dq.registry import Registry
 from diffusers_dq.scheme import QuantScheme, fitting_group
@@ -105,8 +105,8 @@ class Site:
             weight = weight.float().cpu()
             folded, bias = chain.fold(weight, weight.new_zeros(1, len(weight)))
             output = tokens @ weight.T - bias.expand(int(group.max()) + 1, -1)[group][:, None]
-            if self.low_rank:
-                down, up = low_rank_factors(folded, self.low_rank)
+            if is_worth_it(self.low_rank, folded.shape):
+                down, up = approximate_factors(folded, self.low_rank)
                 folded = folded - up @ down
                 output -= u @ down.T @ up.T
             if scheme is not None:

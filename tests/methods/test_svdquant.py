@@ -58,7 +58,6 @@ def test_outliers_go_into_the_weight_and_there_into_the_branch():
     assert gains[1] > gains[0] > 0.9
 
 
-@pytest.mark.xfail(strict=True, reason="base.py: output_error makes a branch that building.py would not")
 def test_a_branch_that_will_not_be_built_is_not_counted_on():
     s = site(low_rank=32)  # 32 (48 + 64) >= 48 x 64
     chain = chain_of(s, alpha=0.5)
