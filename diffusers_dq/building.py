@@ -190,6 +190,8 @@ def _rounded(weight: Tensor, plan: LinearPlan) -> QuantizedWeight | None:
     """The folded weight [N, K] as integers; None where it is not rounded."""
     if plan.weight_scheme is None or plan.decided is not None:
         return plan.decided
+    if plan.lacks_moments:
+        raise ValueError('rounding="gptq" needs sums of x x^T: calibrate with second_moments=True')
     weight = weight.float()
     if plan.moments is not None:
         hessian = plan.moments.transformed(plan.chain, plan.boundaries if plan.recipe.output_correction else None)

@@ -4,6 +4,8 @@
 import ctypes
 import os
 import tempfile
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,11 +19,12 @@ from diffusers_dq.installation import Description
 from diffusers_dq.linear import QuantizedLinear
 from diffusers_dq.methods import Method
 from diffusers_dq.noise_correction import NoiseCorrection
-from diffusers_dq.planning import LinearPlan, Plan, make_plan
+from diffusers_dq.planning import InputMoments, LinearPlan, Plan, make_plan
 from diffusers_dq.reconstruction import Reconstructor
-from diffusers_dq.replay import Replay, evaluating
+from diffusers_dq.replay import Replay, evaluating, units_of
 from diffusers_dq.specs import SPECS, ModelSpec, spec_of, undescribed
 from diffusers_dq.statistics import Statistics
+from diffusers_dq.streaming import unit_moments
 from diffusers_dq.timesteps import TimestepGroups, boundary_table
 
 _WORTH_A_FILE = 1 << 20  # bytes of a tensor
@@ -105,9 +108,27 @@ class Conversion:
 
     def build_all(self, progress: bool) -> None:
         names = [name for name in self.plan.linears if name not in self.layers]
-        for name in tqdm(names, desc="quantize", unit="linear", disable=not progress):
-            spill(self.build(name, self.model.get_submodule(name)))  # type: ignore[arg-type]
-            _give_back()
+        with tqdm(total=len(names), desc="quantize", unit="linear", disable=not progress) as bar:
+            for unit, members in units_of(self.model, names, "block").items():
+                self._observe(unit, members)
+                for name in members:
+                    spill(self.build(name, self.model.get_submodule(name)))  # type: ignore[arg-type]
+                    _give_back()
+                    bar.update()
+                self._change_plans(members, moments=dict.fromkeys(members))
+
+    def _observe(self, unit: str, names: Sequence[str]) -> None:
+        """Find the second moments that GPTQ asks for and calibration has not summed, of one unit's inputs."""
+        lacking = {name for name in names if self.plan.linears[name].lacks_moments}
+        readers = [[name for name in group.linears if name in lacking] for group in self.spec.groups]
+        together = {readers_here[0]: readers_here for readers_here in readers if readers_here}
+        if together:
+            found = unit_moments(self._replay(), unit, list(together), self.layers)
+            self._change_plans(lacking, moments={name: found[first] for first, of in together.items() for name in of})
+
+    def _change_plans(self, names: Collection[str], moments: Mapping[str, InputMoments | None]) -> None:
+        changed = {name: replace(self.plan.linears[name], moments=moments[name]) for name in names}
+        self.plan = replace(self.plan, linears={**self.plan.linears, **changed})
 
     def finish(self) -> DQConfig:
         """Install the layers; returns the configuration with its `result`, the one to save."""

@@ -132,6 +132,12 @@ class LinearPlan:
         return Bits(weight, activation)
 
     @property
+    def lacks_moments(self) -> bool:
+        """Whether GPTQ is to round the weight and does not know the inputs yet."""
+        wanted = self.recipe.rounding == "gptq" and self.weight_scheme is not None
+        return wanted and self.moments is None and self.decided is None
+
+    @property
     def boundaries(self) -> Boundaries:
         """The common refinement of every partition that some table of this linear follows."""
         ranges = self.input_range.boundaries if self.input_range else ()
@@ -229,7 +235,7 @@ def make_plan(
         if seen is not None and statistics is not None:
             _use_statistics(group, site, seen.timesteps, method, solution, plans)
             if config.recipe.rounding == "gptq":
-                _use_moments(group, _statistics_of(group, statistics), statistics.timesteps, plans)
+                _use_moments(group, statistics, plans)
     scales = _attention_scales(spec, config, statistics) if config.quantize_attention else {}
     apart = spec.weight_only if method.rounds_conditioning else frozenset()
     return Plan(
@@ -413,10 +419,17 @@ def _use_statistics(
         plans[name] = replace(plans[name], input_range=found[scheme])
 
 
-def _use_moments(group: LinearGroup, site: SiteStatistics, timesteps: Tensor, plans: dict[str, LinearPlan]) -> None:
+def _use_moments(group: LinearGroup, statistics: Statistics, plans: dict[str, LinearPlan]) -> None:
+    """Those that calibration summed, over all steps; without them they are found when the linear's turn comes."""
+    site = _statistics_of(group, statistics)
     if site.products is None or site.sums is None or site.counts is None:
-        raise ValueError('rounding="gptq" needs sums of x x^T: calibrate with second_moments=True')
-    moments = InputMoments(site.products, site.sums, site.counts, timesteps)
+        if not statistics.samples:
+            raise ValueError(
+                'rounding="gptq" needs sums of x x^T: calibrate with second_moments=True, or with samples=32 to find'
+                " them block by block"
+            )
+        return
+    moments = InputMoments(site.products, site.sums, site.counts, statistics.timesteps)
     for name in group.linears:
         if name in plans:
             plans[name] = replace(plans[name], moments=moments)

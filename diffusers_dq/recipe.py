@@ -48,9 +48,10 @@ class Recipe:
 
     group_size: input channels of a weight's row that share a scale, a multiple of 32; 0 is one scale a row. Where it
         does not divide a linear's width, the largest multiple of 32 below it that does, else one scale a row.
-    rounding: "nearest"; "gptq", for which calibration needs second_moments=True: it weighs errors by the inputs
-        itself, so search="output" then takes weight ranges by min and max; or "adaround", learned on the samples that
-        calibration keeps, the better the more there are.
+    rounding: "nearest"; "gptq", by second moments of the inputs: those of all tokens and steps if calibration summed
+        them (second_moments=True), else found block by block from the samples it kept. It weighs errors by the inputs
+        itself, so search="output" then takes weight ranges by min and max; or "adaround", learned on the samples, the
+        better the more there are.
     search: of ranges, of weights and static ones of activations. "minmax" covers everything; "mse" has the least L2.4
         error of 80 shrunken ones (Q-Diffusion); "percentile" the least squared error of those that leave out 0.1,
         0.01 or 0.001 percent at either end (RepQ-ViT); "output" is "mse" in which an error in a weight's column counts

@@ -173,8 +173,8 @@ def test_moments_of_any_chain_follow_from_those_of_the_input(rotated, centred):
     assert torch.allclose(moments.transformed(chain, centred), expected, rtol=1e-10, atol=1e-9)
 
 
-def test_gptq_asks_for_second_moments(statistics):
-    with pytest.raises(ValueError, match="calibrate with second_moments=True"):
-        plan_of(statistics, method="rtn", rounding="gptq")
+def test_gptq_asks_for_second_moments_or_samples(statistics):
+    with pytest.raises(ValueError, match="calibrate with second_moments=True, or with samples=32"):
+        plan_of(replace(statistics, samples=()), method="rtn", rounding="gptq")
     with pytest.raises(ValueError, match="needs statistics"):
         plan_of(None, method="rtn", rounding="gptq")

@@ -19,6 +19,7 @@ from diffusers_dq.recipe import Recipe
 from diffusers_dq.registry import Registry
 from diffusers_dq.scheme import QuantScheme, fitting_group
 from diffusers_dq.shifting import midpoints
+from diffusers_dq.skewed_steps import draw_steps
 from diffusers_dq.statistics import SiteStatistics
 from diffusers_dq.timesteps import Boundaries, group_of
 from diffusers_dq.transforms import Chain
@@ -138,6 +139,31 @@ class MethodOptions:
 
     def __post_init__(self) -> None:
         check_fields(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawnSteps(MethodOptions):
+    """mean, deviation: of the normal distribution that calibration steps are drawn from, in shares of the schedule, 0
+        the clean end. PTQ4DM's mean is below one half; the deviation is ours.
+    draws, seed: how many are drawn, and from which random numbers. Steps count once, however often they are drawn.
+    """
+
+    mean: float = 0.4
+    deviation: float = 0.2
+    draws: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.mean <= 1 or self.deviation <= 0 or self.draws < 1:
+            raise ValueError(
+                "mean must be in [0, 1], deviation above 0 and draws at least 1, got"
+                f" {self.mean}, {self.deviation} and {self.draws}"
+            )
+
+    def of(self, timesteps: Tensor) -> Tensor:
+        """[S] bool."""
+        return draw_steps(timesteps, self.mean, self.deviation, self.draws, self.seed)
 
 
 class Method(ABC):

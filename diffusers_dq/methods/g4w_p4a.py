@@ -6,41 +6,32 @@ it to the common size leaves one range for all, and a weight in the same groups 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
-from diffusers_dq.methods.base import METHODS, Method, Site, Solution, token_or_tensor
-from diffusers_dq.methods.ptq4dm import PTQ4DMOptions
+from diffusers_dq.methods.base import METHODS, DrawnSteps, Method, MethodOptions, Site, Solution, token_or_tensor
 from diffusers_dq.recipe import Recipe
 from diffusers_dq.scheme import QuantScheme
-from diffusers_dq.skewed_steps import draw_steps
 from diffusers_dq.transforms import Chain, Scale, Shift
 
 SMALLEST = 1e-4  # of the mean half range: a group that never changes must not be blown up beyond fp16
-
-
-@dataclass(frozen=True, kw_only=True)
-class G4WP4AOptions(PTQ4DMOptions):
-    """mean, deviation, draws, seed: of the steps that activation ranges are found on; see PTQ4DM."""
 
 
 @METHODS.register("g4w_p4a")
 class G4WP4A(Method):
     """Inputs that nothing upstream can carry are shifted and scaled in the quantize step."""
 
-    Options: ClassVar[type[PTQ4DMOptions]] = G4WP4AOptions
+    Options: ClassVar[type[MethodOptions]] = DrawnSteps
     summary = "GPTQ weights in groups of 128, static activation ranges a group from steps drawn as in PTQ4DM"
     recipe = Recipe(group_size=128, rounding="gptq")
-    options: G4WP4AOptions
+    options: DrawnSteps
 
     def activation_scheme(self, bits: int, in_features: int, group_size: int) -> QuantScheme:
         return token_or_tensor(bits, dynamic=False)
 
     def calibration_steps(self, timesteps: Tensor) -> Tensor:
-        options = self.options
-        return draw_steps(timesteps, options.mean, options.deviation, options.draws, options.seed)
+        return self.options.of(timesteps)
 
     def solve(self, sites: Sequence[Site], timesteps: Tensor | None) -> Solution:
         return Solution({site.name: _chain(site) for site in sites if site.transformable and _group_size(site)})

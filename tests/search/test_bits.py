@@ -10,9 +10,9 @@ from support import CALLS, PIXART_CALL, tiny_pipeline, tiny_pixart_pipeline
 
 import diffusers_dq as dq
 from diffusers_dq import search
-from diffusers_dq.linear import QuantizedLinear
 from diffusers_dq.allocation import cost_of
 from diffusers_dq.costs import Choice
+from diffusers_dq.linear import QuantizedLinear
 from diffusers_dq.search.record import Record
 from diffusers_dq.search.running import with_transformer
 from diffusers_dq.search.sensitivity import from_outputs, from_statistics

@@ -6,8 +6,8 @@ import torch
 from support import CALLS, assert_close, tiny_dit, tiny_pipeline
 
 import diffusers_dq as dq
-from diffusers_dq.linear import QuantizedLinear
 from diffusers_dq.costs import Choice
+from diffusers_dq.linear import QuantizedLinear
 from diffusers_dq.search.trial import Trial, layers_of
 
 STEPS = 6
