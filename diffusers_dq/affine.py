@@ -32,7 +32,10 @@ def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor | int = 0) -> Tensor
 
 def rounded(x: Tensor, scale: Tensor, zero_point: Tensor, scheme: QuantScheme) -> Tensor:
     """x^, of x's shape and dtype: `dequantize(quantize(x))` without the integers in between."""
-    return (x / scale).round_().clamp_(scheme.qmin - zero_point, scheme.qmax - zero_point).mul_(scale)
+    steps = (x / scale).round_()
+    low, high = ((bound - zero_point).to(steps.dtype) for bound in (scheme.qmin, scheme.qmax))
+    torch.minimum(steps, high, out=steps)  # with bounds that are tensors clamp_ takes several times as long
+    return torch.maximum(steps, low, out=steps).mul_(scale)
 
 
 def affine_parameters(low: Tensor, high: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:

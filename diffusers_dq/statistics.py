@@ -92,6 +92,8 @@ class Statistics:
         """As if only some of the steps had been calibrated, [S] bool. Raises ValueError for none."""
         if not steps.any():
             raise ValueError(f"none of the {len(self.timesteps)} calibrated steps was chosen")
+        if steps.all():
+            return self  # not a copy: its file may be mapped, not read
         return replace(
             self, timesteps=self.timesteps[steps], sites={name: site.at(steps) for name, site in self.sites.items()}
         )
