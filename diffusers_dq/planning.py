@@ -85,15 +85,14 @@ class InputMoments:
         offset = offset.expand(len(chain.boundaries) + 1, -1)[group_of(self.timesteps, chain.boundaries)]  # [S, K]
         count = self.counts.double()[:, None]
         sums = self.sums.double() * multiplier
-        cross = sums.T @ offset
-        total = (
-            self.products.double() * multiplier * multiplier[:, None] + cross + cross.T + offset.T @ (count * offset)
-        )
+        total = self.products.double().mul_(multiplier).mul_(multiplier[:, None])  # in place: 170 MB for K = 4608
+        if offset.any():
+            total.addmm_(sums.T, offset).addmm_(offset.T, sums).addmm_(offset.T, count * offset)
         if centred is not None:
             group = group_of(self.timesteps, centred)
             for g in range(len(centred) + 1):
                 of_group = (sums + count * offset)[group == g].sum(0)
-                total -= torch.outer(of_group, of_group) / count[group == g].sum().clamp(min=1)
+                total.addr_(of_group, of_group, alpha=-1 / float(count[group == g].sum().clamp(min=1)))
         if chain.rotation is None:
             return total
         none = torch.zeros(1, dtype=torch.int64)

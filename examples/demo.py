@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A trained diffusion transformer, calibrated over its denoising steps and quantized four ways: `make demo`.
+"""A trained diffusion transformer, calibrated over its denoising steps and quantized six ways: `make demo`.
 
 Needs no download: the model is in examples/dit-cifar10. Writes a picture grid and a table of what it cost in quality.
 """
@@ -23,6 +23,8 @@ RECIPES = {
     "RTN W4A8": dq.DQConfig("rtn", weight_bits=4, activation_bits=8, dynamic=False),
     "HTG W8A8": dq.DQConfig("htg", weight_bits=8, activation_bits=8),
     "HTG W4A8": dq.DQConfig("htg", weight_bits=4, activation_bits=8),
+    "quality W8A8": dq.DQConfig(preset="quality", weight_bits=8, activation_bits=8),
+    "quality W4A8": dq.DQConfig(preset="quality", weight_bits=4, activation_bits=8),
 }
 
 
