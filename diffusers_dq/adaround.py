@@ -5,6 +5,7 @@ Notation: W [N, K] the weight, s and z its scale and zero point, V [N, K] what i
 """
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -65,8 +66,8 @@ class SoftLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         layer = self.layer
         u = layer.transformed(x).float()
-        if self.input_scheme is not None:
-            u = self._rounded(u, self.input_scheme)
+        if self.input_scheme is not None and layer.rounds_input:
+            u = self._rounded(u, replace(self.input_scheme, bits=layer.activation_bits))
         integers = (self.floor + self.up()).clamp(self.scheme.qmin, self.scheme.qmax)
         y = F.linear(u, (integers - self.zero_point) * self.scale, layer.bias_row()).to(x.dtype)
         return y if layer.low_rank_down is None else y + layer.low_rank_part(x)

@@ -205,6 +205,9 @@ def _rounded(weight: Tensor, plan: LinearPlan) -> QuantizedWeight | None:
     return rounded
 
 
+_GAINS = 0.8, 1.25  # what shrinkage can explain; on trained weights 0.99 to 1.14 were seen
+
+
 def _gain(weight: Tensor, rounded: Tensor, importance: Tensor) -> Tensor:
     """[N]: what W^ has to be multiplied by so that its output is W''s and an error uncorrelated with it.
 
@@ -213,7 +216,7 @@ def _gain(weight: Tensor, rounded: Tensor, importance: Tensor) -> Tensor:
     """
     squares = importance.square()
     wanted, got = (squares * weight.square()).sum(1), (squares * weight * rounded).sum(1)
-    return torch.where(got > 0, wanted / got, torch.ones_like(got))
+    return torch.where(got > 0, wanted / got, torch.ones_like(got)).clamp(*_GAINS)
 
 
 def _spread(plan: LinearPlan) -> Tensor:

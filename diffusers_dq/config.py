@@ -50,7 +50,9 @@ class DQConfig(QuantizationConfigMixin):
         Recipe. None is what the method does by itself.
     reconstruction: how rounding="adaround" learns, a dict of what `Reconstruction` has.
     guard_steps: (n, m), the first n and last m steps of the calibrated schedule run with activations that are not
-        rounded; written to config.json in diffusers' words too, as `runtime`, and read from them.
+        rounded. They are kept as timesteps: (2, 2) of 50 calibrated steps guards twice as many of 100. Written to
+        config.json in diffusers' words too, as `runtime`, and read from them; those count steps of the loop, so they
+        say the same only of as many steps as were calibrated.
     step_bits: activation bits of as many equal parts of the schedule, from its first to its last.
     options: the method's own, checked against its dataclass.
 
@@ -64,7 +66,7 @@ class DQConfig(QuantizationConfigMixin):
         activation_bits: int = 8,
         modules_to_not_convert: Sequence[str] | None = None,
         overrides: Mapping[str, Mapping[str, int]] | None = None,
-        quantize_attention: bool = False,
+        quantize_attention: bool | None = None,
         statistics: str | os.PathLike[str] | None = None,
         *,
         preset: Preset | None = None,
@@ -99,7 +101,7 @@ class DQConfig(QuantizationConfigMixin):
         if preset is None:
             check_argument("method", method, str)
         settings: dict[str, Any] = {"method": method} if preset is None else settings_of(preset, method)
-        check_argument("quantize_attention", quantize_attention, bool)
+        check_argument("quantize_attention", quantize_attention, bool | None)
         check_argument("reconstruction", reconstruction, Mapping | None)
         check_argument("statistics", statistics, str | os.PathLike | None)
         if not _is_list_of_strings(modules_to_not_convert):
@@ -130,7 +132,7 @@ class DQConfig(QuantizationConfigMixin):
         self.statistics = None if statistics is None else os.fspath(statistics)
         self.options = dict(options)
         self.result = None if result is None else copy.deepcopy(dict(result))
-        self._fill_in(settings)
+        self._fill_in({**settings, "quantize_attention": settings.get("quantize_attention", False)})
         if self.result is None:  # a quantized model's layers say all themselves: its method need not be known here
             self._check()
 
@@ -139,7 +141,7 @@ class DQConfig(QuantizationConfigMixin):
         for name, value in settings.items():
             if not hasattr(self, name):
                 self.options.setdefault(name, value)
-            elif getattr(self, name) is None or name == "quantize_attention":
+            elif getattr(self, name) is None:
                 setattr(self, name, value)
 
     def _check(self) -> None:

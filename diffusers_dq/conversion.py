@@ -35,7 +35,8 @@ class Conversion:
 
     Nothing of the model changes before `finish`, so a failure anywhere earlier leaves it as it was. Memory meanwhile:
     the model, one linear's weight in fp64 a few times, and its quantized weights: of a model on the CPU they wait in
-    mapped files (`spill`), of which memory holds what it can spare, and stay there as those of a loaded model do.
+    mapped files (`spill`), of which memory holds what it can spare, and stay there as those of a loaded model do. What
+    reconstruction decides, and what is on another device, is held in memory.
     """
 
     def __init__(
@@ -103,8 +104,7 @@ class Conversion:
         replay = self._replay()
         exact, quantized = replay.outputs({}), replay.outputs(self.layers)
         pairs = [(timestep, x, y) for (timestep, x), (_, y) in zip(exact, quantized, strict=True)]
-        architecture: Any = self.model.config
-        self.correction = noise_correction.fit(pairs, architecture.in_channels)
+        self.correction = noise_correction.fit(pairs, _noise_channels(self.model))
 
     def build_all(self, progress: bool) -> None:
         names = [name for name in self.plan.linears if name not in self.layers]
@@ -159,6 +159,17 @@ class Conversion:
             None if self.correction is None else self.correction.to(device),
         )
         return self.config.copy(result=description.to_dict(), statistics=None)
+
+
+def _noise_channels(model: Any) -> int:
+    """Of the model's prediction without a learned variance. Raises ValueError where its config does not say."""
+    known = (getattr(model.config, name, None) for name in ("in_channels", "out_channels"))
+    inward, outward = (value if isinstance(value, int) else None for value in known)
+    if inward is None and outward is None:
+        raise ValueError(f"noise_correction: {type(model).__name__}'s config has no in_channels or out_channels")
+    if inward is None or outward is None:
+        return inward or outward or 0
+    return inward if outward == 2 * inward else outward
 
 
 def spill(layer: nn.Module) -> None:
@@ -227,6 +238,8 @@ def convert(
 ) -> DQConfig:
     """Quantize in place and return the configuration to save. The model is as it was if anything raises."""
     conversion = Conversion(model, config, statistics, dtype)
+    if config.recipe.noise_correction:
+        _noise_channels(model)  # now, rather than after everything is built
     with evaluating(model):
         conversion.reconstruct(checkpoint, progress)
         conversion.build_all(progress)

@@ -14,6 +14,7 @@ from diffusers_dq.scheme import QuantScheme
 
 BLOCK = 128
 DAMPING = 0.01
+_MOST_DAMPING = 10.0
 
 
 def quantize_weight_gptq(
@@ -61,14 +62,23 @@ def quantize_weight_gptq(
 def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     """U [K, K] fp32, upper triangular, with H^-1 = U^T U, of H with its diagonal damped.
 
-    An input that is always zero has no say: its row and column of H become those of the unit matrix.
+    An input that is always zero has no say: its row and column of H become those of a multiple of the unit matrix.
+    Where sums in fp32 have left H indefinite, the damping grows tenfold until it is not.
     """
     h = hessian.double().clone()
     diagonal = h.diagonal()
-    diagonal[diagonal <= 0] = 1.0
-    diagonal += damping * diagonal.mean()
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
-    return torch.linalg.cholesky(inverse, upper=True).float()
+    dead = diagonal <= 0
+    mean = float(diagonal[~dead].mean()) if not dead.all() else 1.0
+    diagonal[dead] = mean
+    diagonal += damping * mean
+    factor, failed = torch.linalg.cholesky_ex(h)
+    while failed and damping < _MOST_DAMPING:
+        diagonal += 9 * damping * mean
+        damping *= 10
+        factor, failed = torch.linalg.cholesky_ex(h)
+    if failed:
+        raise ValueError("hessian is far from positive semidefinite: it is no sum of x x^T")
+    return torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True).float()
 
 
 def _round_block(

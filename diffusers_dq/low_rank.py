@@ -15,10 +15,13 @@ def approximate_factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
     By random projections (torch.svd_lowrank) from a seed of their own.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        u, s, v = torch.svd_lowrank(weight.float(), min(rank, *weight.shape), niter=3)
-    return v.T.to(weight.dtype), (u * s).to(weight.dtype)
+    state = torch.default_generator.get_state()  # of the CPU alone: torch.manual_seed would reseed GPUs as well
+    try:
+        torch.default_generator.manual_seed(0)
+        u, s, v = torch.svd_lowrank(weight.float().cpu(), min(rank, *weight.shape), niter=3)
+    finally:
+        torch.default_generator.set_state(state)
+    return v.T.to(weight), (u * s).to(weight)
 
 
 def low_rank_factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:

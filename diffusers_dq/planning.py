@@ -65,15 +65,21 @@ class InputMoments:
     timesteps: Tensor
 
     def means(self, chain: Chain, boundaries: Boundaries) -> Tensor:
-        """E[u] of u = T_g(x) over the tokens of each group of a partition that refines the chain's, [G, K] fp64."""
+        """E[u] of u = T_g(x) over the tokens of each group of a partition that refines the chain's, [G, K] fp64.
+
+        Of a group that holds none of the timesteps, x is as at the nearest of them.
+        """
         group = group_of(self.timesteps, boundaries)
         count = self.counts.double()[:, None]
+        edges = torch.tensor([*boundaries, torch.inf])  # the upper end of each group is in it
         means = []
-        for g in range(len(boundaries) + 1):
+        for g, edge in enumerate(edges):
             steps = group == g
-            x = self.sums[steps].double() / count[steps]
-            u = chain.forward(x, group_of(self.timesteps[steps], chain.boundaries))
-            means.append((u * count[steps]).sum(0) / count[steps].sum())
+            if not steps.any():
+                steps = torch.zeros_like(steps)
+                steps[(self.timesteps - edges[min(g, len(boundaries) - 1)]).abs().argmin()] = True
+            x = self.sums[steps].double().sum(0) / count[steps].sum()
+            means.append(chain.forward(x[None], group_of(edge[None], chain.boundaries))[0])
         return torch.stack(means)
 
     def transformed(self, chain: Chain, centred: Boundaries | None = None) -> Tensor:

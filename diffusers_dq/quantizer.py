@@ -81,7 +81,7 @@ class DQQuantizer(DiffusersQuantizer):
         if self.description is not None:
             installation.install_skeleton(model, self.description)
             return
-        needs_statistics = config.needs_statistics or config.quantize_attention
+        needs_statistics = config.needs_statistics or bool(config.quantize_attention)
         self.prepared = needs_statistics and config.statistics is None
         if not needs_statistics:
             self._conversion = Conversion(model, config, None, self._dtype)

@@ -17,7 +17,8 @@ class Reconstruction:
 
     unit: "block", a member of the model's outermost module lists, whose output is to stay; or "layer", each linear.
     iterations: for a unit, each on the batch of one kept sample. (Q-Diffusion and PTQ4DiT's code: 20,000 on 32.)
-    learning_rate: of V.   input_learning_rate: of a static input scale's logarithm, falling to 0 as a cosine.
+    learning_rate: of V.   input_learning_rate: of a static input scale's logarithm, falling to 0 as a cosine. (Their
+        code: 4e-5 over 20,000 iterations, which is as long a way.)
     rounding_weight: of the term that presses V to a decision, in [0, 1] as the mean over all weights, against the
         unit's error in multiples of what rounding to nearest leaves. (The code of both weighs sums that depend on a
         model's scale and width, by 0.01.)   warmup: share of the iterations before it sets in.
@@ -27,7 +28,7 @@ class Reconstruction:
     unit: Literal["block", "layer"] = "block"
     iterations: int = 1000
     learning_rate: float = 1e-2
-    input_learning_rate: float = 4e-5
+    input_learning_rate: float = 8e-4
     rounding_weight: float = 10.0
     warmup: float = 0.2
     beta_start: float = 20.0

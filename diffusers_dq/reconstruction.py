@@ -3,7 +3,8 @@
 
 As in BRECQ (Li et al., ICLR 2021) and Q-Diffusion (Li et al., ICCV 2023): a unit gets what the units before it put out
 once they are quantized, and is to put out what it would have in full precision. Both come from running the model on
-the samples that calibration kept, up to the unit, so memory holds one unit's inputs and outputs at a time.
+the samples that calibration kept, up to the unit: of activations memory holds one unit's inputs and outputs at a time,
+besides the quantized weights so far.
 """
 
 import json
@@ -28,6 +29,7 @@ from diffusers_dq.planning import LinearPlan, Plan
 from diffusers_dq.recipe import Reconstruction
 from diffusers_dq.replay import Replay, run_up_to, swapped, tensors_in, units_of
 from diffusers_dq.statistics import check_writable
+from diffusers_dq.timesteps import group_of
 
 Build = Callable[[str, nn.Linear, LinearPlan], QuantizedLinear]
 
@@ -92,7 +94,7 @@ class Reconstructor:
     def _learn(self, unit: str, names: Sequence[str], layers: Mapping[str, nn.Module], bar: Any) -> None:
         exact = self._passages(unit, {})
         quantized = self._passages(unit, layers)
-        passages = [replace(q, output=e.output) for q, e in zip(quantized, exact, strict=True)]
+        passages = [replace(q, output=self._wanted(unit, e)) for q, e in zip(quantized, exact, strict=True)]
         soft = {name: self._soft(name) for name in names}
         nearest = {name: layer.layer for name, layer in soft.items()}
         with swapped(self.model, nearest):
@@ -105,6 +107,19 @@ class Reconstructor:
         bar.set_postfix_str(f"{unit}: error {before:.3g} -> {min(before, after):.3g}")
         kept = {name: replace(self.linears[name], decided=layer.nearest()) for name, layer in soft.items()}
         self.linears |= learned if after < before else kept
+
+    def _wanted(self, unit: str, exact: Passage) -> tuple[Tensor, ...]:
+        """What the unit is to put out: as in full precision; of a linear, with what others ask it to carry."""
+        plan = self.linears.get(unit)
+        if plan is None or not plan.rows:
+            return exact.output
+        output = exact.output[0].clone()
+        noisiest = self.replay.noisiest(exact.timestep)[None]
+        for update, boundaries in plan.rows:
+            rows = slice(update.start, update.stop)
+            offset = update.offset[int(group_of(noisiest, boundaries))] if len(update.offset) > 1 else update.offset[0]
+            output[..., rows] = output[..., rows] * update.multiplier.to(output) + offset.to(output)
+        return (output,)
 
     def _soft(self, name: str) -> SoftLinear:
         plan = _uncorrected(self.linears[name])

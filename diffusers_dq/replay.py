@@ -44,6 +44,10 @@ class Replay:
         if self._step_bits is not None:
             self.groups.activation_bits = self._step_bits.at(float(timestep.max() if descending else timestep.min()))
 
+    def noisiest(self, timestep: Tensor) -> Tensor:
+        """The entry that decides on the group, []."""
+        return timestep.amax() if self.statistics.descending else timestep.amin()
+
     def timesteps(self) -> list[Tensor]:
         """Of each sample, [n]."""
         return [timestep_of(sample, self._timestep) for sample in self.statistics.samples]
@@ -58,7 +62,8 @@ class Replay:
             for sample in self.statistics.samples:
                 timestep = timestep_of(sample, self._timestep)
                 self.select(timestep)
-                yield timestep, moved(sample, self.device, dtypes)
+                same = moved(sample[self._timestep], self.device)  # bf16 has no 999
+                yield timestep, {**moved(sample, self.device, dtypes), self._timestep: same}
 
     @torch.no_grad()
     def outputs(self, layers: Mapping[str, nn.Module]) -> list[tuple[Tensor, Tensor]]:

@@ -6,6 +6,7 @@ Notation: S calibrated steps in the order the pipeline visited them, K channels,
 
 import json
 import os
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -187,7 +188,8 @@ class Statistics:
     @property
     def identity(self) -> dict[str, Any]:
         """JSON-able, by which a later run knows that it works on the same statistics."""
-        return {key: value for key, value in self.about.items() if key != "versions"}
+        about = {key: value for key, value in self.about.items() if key != "versions"}
+        return about | {"fingerprint": f"{zlib.crc32(self.fingerprint.numpy().tobytes()):08x}"}
 
     def dtypes_for(self, model: nn.Module) -> dict[torch.dtype, torch.dtype]:
         """What of the samples has to be cast for a model in another precision than the one calibrated."""

@@ -22,7 +22,7 @@ def unit_moments(
     replay: Replay, unit: str, sites: Sequence[str], layers: Mapping[str, nn.Module]
 ) -> dict[str, InputMoments]:
     """Of the inputs of the linears `sites`, all inside the unit, with `layers` in place of those of earlier units."""
-    seen = sorted({float(timestep.max()) for timestep in replay.timesteps()})
+    seen = sorted({float(replay.noisiest(timestep)) for timestep in replay.timesteps()})
     observers = {site: StepObserver(site, seed=0, tokens_per_step=1, second_moments=True) for site in sites}
     step = 0
 
@@ -35,7 +35,7 @@ def unit_moments(
             module = replay.model.get_submodule(site)
             stack.callback(module.register_forward_pre_hook(partial(observe, site)).remove)
         for timestep, sample in replay.inputs():
-            step = seen.index(float(timestep.max()))
+            step = seen.index(float(replay.noisiest(timestep)))
             run_up_to(replay.model, unit, sample)
     timesteps = torch.tensor(seen)
     return {site: _moments(observer, timesteps) for site, observer in observers.items()}

@@ -82,3 +82,23 @@ def test_dead_and_too_few_inputs():
 def test_a_hessian_that_does_not_fit_is_an_error(hessian):
     with pytest.raises(ValueError, match=r"hessian must be finite and \[64, 64\]"):
         quantize_weight_gptq(problem()[0], hessian, CHANNEL)
+
+
+def test_a_hessian_that_sums_in_fp32_have_left_indefinite_is_damped_until_it_is_not():
+    x = torch.randn(4000, 8, generator=torch.Generator().manual_seed(0)) + 1000
+    hessian = (x.T @ x).double() - torch.outer(x.sum(0), x.sum(0)).double() / len(x)
+    assert torch.linalg.eigvalsh(hessian).min() < 0, "cancellation"
+    weight = torch.randn(4, 8, generator=torch.Generator().manual_seed(1))
+    found = quantize_weight_gptq(weight, hessian, QuantScheme(bits=4, granularity="channel"))
+    assert torch.isfinite(found.dequantized()).all()
+    with pytest.raises(ValueError, match="far from positive semidefinite"):
+        quantize_weight_gptq(weight, 100 - 99 * torch.eye(8), QuantScheme(bits=4, granularity="channel"))
+
+
+def test_the_scale_of_the_hessian_does_not_matter_also_with_dead_inputs():
+    x = torch.randn(100, 8, generator=torch.Generator().manual_seed(0))
+    x[:, 3] = 0
+    weight = torch.randn(4, 8, generator=torch.Generator().manual_seed(1))
+    scheme = QuantScheme(bits=4, granularity="channel")
+    small, large = (quantize_weight_gptq(weight, factor * x.T @ x, scheme).integers for factor in (1e-6, 1e6))
+    assert torch.equal(small, large)

@@ -28,6 +28,8 @@ def test_what_is_given_beside_a_preset_stands():
     assert config.recipe == replace(of_preset.recipe, group_size=64, output_correction=False)
     assert config.options == of_preset.options | {"rotate": False} and config.weight_bits == 6
     assert dq.DQConfig(**config.to_dict()) == config
+    assert dq.DQConfig("htg", preset="paper").quantize_attention is True
+    assert dq.DQConfig("htg", preset="paper", quantize_attention=False).quantize_attention is False
 
 
 def test_every_paper_has_its_settings_and_every_setting_is_known():

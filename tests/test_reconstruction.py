@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from diffusers import DiTPipeline
-from support import CALLS, PIXART_CALL, tiny_dit, tiny_pixart, tiny_pixart_pipeline
+from support import CALLS, PIXART_CALL, tiny_dit, tiny_pipeline, tiny_pixart, tiny_pixart_pipeline
 
 import diffusers_dq as dq
+from diffusers_dq.conversion import Conversion
 from diffusers_dq.reconstruction import Reconstructor
 from diffusers_dq.replay import units_of
 
@@ -110,3 +112,32 @@ def test_settings_are_checked(settings):
         dq.DQConfig("rtn", reconstruction=settings)
     with pytest.raises(TypeError, match="reconstruction has no epochs; it may set unit, iterations"):
         dq.DQConfig("rtn", reconstruction=dict(epochs=3))
+
+
+@torch.no_grad()
+def test_a_linear_learns_what_others_ask_it_to_emit(dit_folder, dit_statistics):
+    """norm1.linear and to_v carry folds: their targets are the folded layers' outputs, not the model's own."""
+    model = DiTPipeline.from_pretrained(dit_folder).transformer
+    config = dq.DQConfig("htg", groups=2, rounding="adaround", weight_bits=4, reconstruction=dict(unit="layer"))
+    conversion = Conversion(model, config, dit_statistics, torch.float32)
+    reconstructor = Reconstructor(
+        model, conversion.plan, conversion._built, conversion._replay(), config.reconstruction_settings(), identity={}
+    )
+    for unit in ("transformer_blocks.0.norm1.linear", "transformer_blocks.1.attn1.to_v"):
+        plan = replace(conversion.plan.linears[unit], weight_scheme=None, scheme=None, online=True, input_range=None)
+        exact = conversion._built(unit, model.get_submodule(unit), plan)
+        for passage in reconstructor._passages(unit, {}):
+            reconstructor.replay.select(passage.timestep)
+            # what the layer emits without rounding, its own input transformed online; fp32 tables
+            assert torch.allclose(exact(*passage.args), reconstructor._wanted(unit, passage)[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_checkpoint_of_other_weights_is_refused(dit_folder, dit_statistics, tmp_path):
+    quantized(dit_folder, dit_statistics, tmp_path / "c")
+    pipe = tiny_pipeline(seed=1)
+    statistics = dq.calibrate(pipe, CALLS, num_inference_steps=10, second_moments=True, progress=False)
+    statistics = replace(statistics, about=dit_statistics.about)  # nothing but the weights differs
+    with pytest.raises(ValueError, match="of another run: statistics differ"):
+        dq.quantize(
+            pipe, dq.DQConfig("ptq4dit", **ADAROUND), statistics=statistics, progress=False, checkpoint=tmp_path / "c"
+        )

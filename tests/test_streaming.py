@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import DiTPipeline
-from support import PIXART_CALL, tiny_pixart_pipeline
+from support import CALLS, PIXART_CALL, tiny_pixart_pipeline
 
 import diffusers_dq as dq
 from diffusers_dq import conversion
@@ -89,3 +89,16 @@ def test_text_models_whose_prompt_all_blocks_read():
     statistics = dq.calibrate(pipe, [PIXART_CALL], num_inference_steps=4, samples=4, progress=False)
     report = dq.quantize(pipe, dq.DQConfig("rtn", rounding="gptq"), statistics=statistics, progress=False)
     assert any("attn2.to_k" in row.name and row.bits == "W8A8" for row in report.linears)
+
+
+@pytest.mark.parametrize(
+    "config", [dict(method="htg", rounding="gptq"), dict(preset="speed"), dict(preset="quality")], ids=str
+)
+def test_timestep_groups_that_hold_no_kept_sample(config, dit_folder):
+    """10 groups of 10 steps and 4 samples: the outputs are corrected as at the nearest step."""
+    pipe = DiTPipeline.from_pretrained(dit_folder)
+    statistics = dq.calibrate(pipe, CALLS, num_inference_steps=10, samples=4, progress=False)
+    groups = {} if config.get("preset") == "quality" else dict(groups=10)
+    dq.quantize(pipe, dq.DQConfig(**config, **groups, weight_bits=4), statistics=statistics, progress=False)
+    tensors = {name: t for name, t in pipe.transformer.state_dict().items() if name != "timestep_boundaries"}
+    assert all(torch.isfinite(tensor).all() for tensor in tensors.values())

@@ -17,7 +17,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from diffusers_dq.affine import percentile_range
 from diffusers_dq.methods.base import (
     METHODS,
     Method,
@@ -59,14 +58,12 @@ class RepQ(Method):
 
 
 def _chain(site: Site) -> Chain:
-    """Ranges of channels are found on the sampled tokens and the extremes of all, the tensor's by the planner, on u.
-
-    Without the extremes, which some hundred tokens do not hold, every channel would be clipped where its sample ends.
-    """
+    """Ranges of channels from the extremes of all tokens, with zero points that need not be integers here; the planner
+    finds the range of the tensor, on u. (The paper's percentiles need more tokens than calibration keeps.)"""
     assert site.statistics is not None
     scheme = site.scheme or QuantScheme(bits=8, granularity="tensor", symmetric=False)
-    extremes = torch.stack([site.statistics.minimum.amin(0), site.statistics.maximum.amax(0)])
-    tokens = torch.cat([site.tokens(most=1 << 14).flatten(0, 1), extremes])  # [n, K]
-    scale, zero_point = percentile_range(tokens.T.contiguous(), scheme)  # [K] each
-    zero, scale = zero_point.float(), scale.clamp(min=SMALLEST * float(scale.mean()))
+    low, high = site.statistics.minimum.amin(0), site.statistics.maximum.amax(0)
+    scale = (high - low) / (scheme.qmax - scheme.qmin)
+    scale = scale.clamp(min=max(SMALLEST * float(scale.mean()), torch.finfo(scale.dtype).tiny))
+    zero = scheme.qmin - low / scale
     return Chain((Shift((scale * (zero.mean() - zero))[None]), Scale(scale / scale.mean())))

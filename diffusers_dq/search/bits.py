@@ -65,6 +65,8 @@ def allocate_bits(
         raise ValueError(f"metrics must be 'outputs', 'layers' or a list of LayerMetric, got {metrics!r}")
     if mode not in get_args(Mode):
         raise ValueError(f"mode must be 'joint' or 'decoupled', got {mode!r}")
+    if metrics == "layers" and mode != "joint":
+        raise ValueError("metrics='layers' has one metric for all layers, which nothing can decouple: mode='joint'")
     if getattr(model, "is_quantized", False):
         raise ValueError("the model is quantized already; bits are chosen from the full-precision model")
     layers = layers_of(model, config, statistics)

@@ -25,6 +25,7 @@ from diffusers_dq.installation import BOUNDARIES, GROUPS, SelectGroup
 from diffusers_dq.linear import NOT_ROUNDED, Bits, QuantizedLinear
 from diffusers_dq.planning import LinearPlan
 from diffusers_dq.statistics import Statistics
+from diffusers_dq.step_policy import StepBits
 from diffusers_dq.timesteps import TimestepGroups, boundary_table
 
 _MOST_TOKENS = 512  # of a linear's sample that its error is measured on
@@ -94,20 +95,21 @@ class Trial:
         self._dtype = _dtype(model)
         self._linears = {name: _linear(self.model, name) for name in choices}
         self._layers: dict[tuple[str, Choice], nn.Linear] = {}
-        self._plans, descending = _plans(self.model, config, statistics, choices)
+        self._plans, descending, step_bits = _plans(self.model, config, statistics, choices)
         self.choices = {name: [c for c in some if (name, c) in self._plans] for name, some in choices.items()}
         _check_choices(self.choices, choices)
         self._partitions = sorted({plan.boundaries for plan in self._plans.values()})
         self._groups = TimestepGroups(len(self._partitions))
         self._boundaries = boundary_table(self._partitions)
-        if self._boundaries.numel():
-            self._select_groups(descending)
+        if self._boundaries.numel() or step_bits is not None:
+            self._select_groups(descending, step_bits)
 
-    def _select_groups(self, descending: bool) -> None:
+    def _select_groups(self, descending: bool, step_bits: StepBits | None) -> None:
         device = next(iter(self._linears.values())).weight.device
         self.model.add_module(GROUPS, self._groups.to(device))
-        self.model.register_buffer(BOUNDARIES, self._boundaries.to(device))
-        select = SelectGroup(TimestepArgument.of(self.model), descending)
+        if self._boundaries.numel():
+            self.model.register_buffer(BOUNDARIES, self._boundaries.to(device))
+        select = SelectGroup(TimestepArgument.of(self.model), descending, step_bits)
         self.model.register_forward_pre_hook(select, with_kwargs=True)
 
     def stored_bits(self, name: str, choice: Choice) -> int:
@@ -176,24 +178,25 @@ class Trial:
 
 def _plans(
     model: nn.Module, config: DQConfig, statistics: Statistics | None, choices: Mapping[str, Sequence[Choice]]
-) -> tuple[dict[tuple[str, Choice], LinearPlan], bool]:
-    """The plan of each linear with each of its choices, self-contained; whether noise falls with the timestep.
+) -> tuple[dict[tuple[str, Choice], LinearPlan], bool, StepBits | None]:
+    """The plan of each linear with each of its choices, self-contained; whether noise falls with the timestep; the
+    step policy.
 
     A plan of the whole model for each distinct choice: a method that looks at all bits of a site, as ViDiT-Q does for
     its alpha, sees them equal.
     """
     plans = {}
-    descending = True
+    descending, step_bits = True, None
     for choice in sorted({choice for some in choices.values() for choice in some}):
         names = [name for name, some in choices.items() if choice in some]
         overrides = {**config.overrides, **{name: choice.override for name in names}}
         conversion = Conversion(model, config.copy(overrides=overrides), statistics, _dtype(model))
-        descending = conversion.descending
+        descending, step_bits = conversion.descending, conversion.plan.step_bits
         for name in names:
             if name not in conversion.plan.linears:
                 continue
             plans[name, choice] = replace(conversion.plan.linears[name], rows=(), online=True)
-    return plans, descending
+    return plans, descending, step_bits
 
 
 def _check_choices(possible: Mapping[str, Sequence[Choice]], wanted: Mapping[str, Sequence[Choice]]) -> None:
