@@ -98,8 +98,9 @@ class DQConfig(QuantizationConfigMixin):
                 " upgrade diffusers_dq"
             )
         check_argument("preset", preset, Preset | None)
-        if preset is None:
-            check_argument("method", method, str)
+        if preset is None and method is None:
+            raise TypeError("DQConfig needs a method, a name of dq.methods(), or a preset; got neither")
+        check_argument("method", method, str | None)
         settings: dict[str, Any] = {"method": method} if preset is None else settings_of(preset, method)
         check_argument("quantize_attention", quantize_attention, bool | None)
         check_argument("reconstruction", reconstruction, Mapping | None)
@@ -107,7 +108,7 @@ class DQConfig(QuantizationConfigMixin):
         if not _is_list_of_strings(modules_to_not_convert):
             raise ValueError(f"modules_to_not_convert must be a list of strings, got {modules_to_not_convert!r}")
         if not isinstance(overrides, Mapping | None) or not all(
-            isinstance(bits, Mapping) for bits in (overrides or {}).values()
+            isinstance(glob, str) and isinstance(bits, Mapping) for glob, bits in (overrides or {}).items()
         ):
             raise ValueError(
                 f'overrides must be a dict like {{"*.ff.net.2": {{"weight_bits": 8}}}}, got {overrides!r}'
@@ -128,6 +129,7 @@ class DQConfig(QuantizationConfigMixin):
         self.noise_correction = noise_correction
         self.reconstruction = dict(reconstruction or {})
         self.guard_steps = _guard_steps(guard_steps, runtime)
+        check_argument("step_bits", step_bits, list | tuple | None)
         self.step_bits = None if step_bits is None else list(step_bits)
         self.statistics = None if statistics is None else os.fspath(statistics)
         self.options = dict(options)
@@ -254,6 +256,8 @@ class DQConfig(QuantizationConfigMixin):
 
 
 def _guard_steps(guard: Any, runtime: Any) -> tuple[int, int] | None:
+    check_argument("guard_steps", guard, list | tuple | None)
+    check_argument("runtime", runtime, Mapping | None)
     given = None if guard is None else tuple(guard)
     if given is not None and (len(given) != 2 or not all(type(count) is int and count >= 0 for count in given)):
         raise ValueError(f"guard_steps must be two whole numbers, of first and last steps, got {guard!r}")

@@ -111,12 +111,20 @@ def run_call(pipe: DiffusionPipeline, call: Call, *, num_inference_steps: int, s
     """One `pipe(**call)` under a CPU generator, so that a seed means the same noise on every device.
 
     defaults: further arguments, given where the pipeline knows them and the call does not set them.
-    Returns the images or frames of the output.
+    Returns the images or frames of the output. Some pipelines (DiT's) keep the generator from a scheduler that adds
+    noise of its own; it draws on torch's global one, which is seeded too and then put back.
     """
     known = inspect.signature(pipe.__call__).parameters
     arguments = {"generator": torch.Generator().manual_seed(seed), **defaults}
     arguments = {name: value for name, value in arguments.items() if name in known} | dict(call)
-    return pipe(**arguments, num_inference_steps=num_inference_steps, return_dict=False)[0]
+    with torch.random.fork_rng(devices=cuda_devices(pipe)):
+        torch.manual_seed(seed)
+        return pipe(**arguments, num_inference_steps=num_inference_steps, return_dict=False)[0]
+
+
+def cuda_devices(pipe: DiffusionPipeline) -> list[torch.device]:
+    """Those that the pipeline runs on, for `torch.random.fork_rng`."""
+    return [pipe.device] if pipe.device.type == "cuda" else []
 
 
 @contextmanager

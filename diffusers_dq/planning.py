@@ -21,6 +21,7 @@ from diffusers_dq import affine, attention
 from diffusers_dq.attention import Softmax
 from diffusers_dq.config import Bits, DQConfig
 from diffusers_dq.linear import NOT_ROUNDED
+from diffusers_dq.low_rank import is_worth_it
 from diffusers_dq.methods import Method, Site, Solution
 from diffusers_dq.recipe import Recipe
 from diffusers_dq.replay import Replay
@@ -192,9 +193,14 @@ def kept_in_full_precision(model: nn.Module, spec: ModelSpec, config: DQConfig) 
 
 
 def _in_features(model: nn.Module, name: str) -> int:
+    return _shape(model, name)[1]
+
+
+def _shape(model: nn.Module, name: str) -> torch.Size:
+    """[N, K] of a linear's weight."""
     linear = model.get_submodule(name)
     assert isinstance(linear, nn.Linear)
-    return linear.in_features
+    return torch.Size((linear.out_features, linear.in_features))
 
 
 def _check_matches(linears: Sequence[str], config: DQConfig) -> None:
@@ -223,7 +229,7 @@ def make_plan(
     elif config.needs_statistics:
         raise ValueError(f"method {config.method!r} with these options needs statistics: calibrate first")
     plans = {
-        name: _first_plan(method, config, name, _in_features(model, name), name in spec.weight_only)
+        name: _first_plan(method, config, name, _shape(model, name), name in spec.weight_only)
         for group in spec.groups
         for name in group.linears
         if name not in kept
@@ -274,15 +280,18 @@ def _refuse_adapters(model: nn.Module, spec: ModelSpec, kept: Mapping[str, str])
             )
 
 
-def _first_plan(method: Method, config: DQConfig, name: str, in_features: int, weight_only: bool) -> LinearPlan:
+def _first_plan(method: Method, config: DQConfig, name: str, shape: torch.Size, weight_only: bool) -> LinearPlan:
+    in_features = shape[1]
     bits, recipe = config.bits_of(name), config.recipe_of(name)
     size = recipe.group_size
     weight = None if bits.weight == NOT_ROUNDED else method.weight_scheme(bits.weight, in_features, size)
     plan = LinearPlan(weight, recipe=recipe)
+    if recipe.low_rank and weight is not None and not is_worth_it(recipe.low_rank, shape):
+        plan = replace(plan, note=f"no branch of rank {recipe.low_rank}: it would be larger than the weight")
     if bits.activation == NOT_ROUNDED:
         return plan
     if weight_only and not method.rounds_conditioning:
-        return replace(plan, note="input is one vector a sample: weight only")
+        return replace(plan, note="; ".join(filter(None, (plan.note, "input is one vector a sample: weight only"))))
     return replace(plan, scheme=method.activation_scheme(bits.activation, in_features, size))
 
 

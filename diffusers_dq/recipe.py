@@ -57,8 +57,9 @@ class Recipe:
         error of 80 shrunken ones (Q-Diffusion); "percentile" the least squared error of those that leave out 0.1,
         0.01 or 0.001 percent at either end (RepQ-ViT); "output" is "mse" in which an error in a weight's column counts
         by the size of the inputs it meets.
-    low_rank: rank of a part of the weight that is kept in floating point and multiplied by the unrounded input
-        (SVDQuant, Li et al., ICLR 2025); what is left of the weight is rounded. 0 is none.
+    low_rank: rank of a part of the weight that is kept in the model's own precision and multiplied by the unrounded
+        input (SVDQuant, Li et al., ICLR 2025); what is left of the weight is rounded. 0 is none, and a linear whose
+        branch would be larger than its weight has none.
     output_correction: make up for the systematic part of the error that rounding leaves in an output: for its mean in
         each timestep group by the bias, for its share of the output itself by the weight scales. Free at run time.
     noise_correction: take out of the model's prediction what rounding adds to it, as fitted by step on the samples

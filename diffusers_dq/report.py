@@ -129,6 +129,11 @@ def _attention_row(name: str, module: nn.Module, processor: QuantizedAttnProcess
 
 
 def _granularity(layout: LinearLayout) -> str:
+    weight = f"; weight {layout.group_size} channels" * bool(layout.group_size and layout.input_rounding != "group")
+    return _of_input(layout) + weight + f"; rank {layout.low_rank} beside" * bool(layout.low_rank)
+
+
+def _of_input(layout: LinearLayout) -> str:
     if layout.input_rounding is None:
         return "not rounded"
     if layout.input_rounding == "group":

@@ -48,10 +48,10 @@ class StepBits:
         None where every step is alike.   Raises ValueError for more parts or guard steps than there are steps.
         """
         steps = len(timesteps)
-        if sum(guard) > steps or len(ranges or ()) > steps:
-            raise ValueError(
-                f"guard_steps {guard} and {len(ranges or ())} ranges do not fit the {steps} calibrated steps"
-            )
+        if sum(guard) > steps:
+            raise ValueError(f"guard_steps {guard} are more than the {steps} calibrated steps")
+        if len(ranges or ()) > steps:
+            raise ValueError(f"step_bits has {len(ranges or ())} parts, and only {steps} steps were calibrated")
         bits: list[int | None] = [None] * steps
         if ranges:
             bits = [ranges[i * len(ranges) // steps] for i in range(steps)]

@@ -54,5 +54,5 @@ def test_presets_that_mean_nothing_are_refused(arguments, message):
 
 
 def test_a_config_without_method_or_preset_is_refused():
-    with pytest.raises(TypeError, match="method must be of type str"):
+    with pytest.raises(TypeError, match="needs a method, a name of dq.methods"):
         dq.DQConfig()

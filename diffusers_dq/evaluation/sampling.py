@@ -22,7 +22,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from diffusers_dq.denoise import quiet
+from diffusers_dq.denoise import cuda_devices, quiet
 from diffusers_dq.evaluation.files import write_json, write_whole
 from diffusers_dq.evaluation.pictures import SETTINGS, PictureSet, Pixels, batch_file, by
 
@@ -135,7 +135,7 @@ def _last(sampling: Sampling, first: int) -> int:
 def _pictures(pipe: DiffusionPipeline, sampling: Sampling, first: int, last: int) -> Pixels:
     """uint8 [b, H, W, 3] of pictures first to last - 1."""
     generators = [torch.Generator().manual_seed(sampling.seed + i) for i in range(first, last)]
-    with torch.random.fork_rng(devices=_devices(pipe)):
+    with torch.random.fork_rng(devices=cuda_devices(pipe)):
         torch.manual_seed(sampling.seed + first)
         output = pipe(
             **sampling.call(first, last),
@@ -153,10 +153,6 @@ def _pictures(pipe: DiffusionPipeline, sampling: Sampling, first: int, last: int
     if not np.isfinite(images).all():
         raise ValueError(f"pictures {first} to {last - 1} are not finite: the model has diverged")
     return (images * 255).round().astype(np.uint8)
-
-
-def _devices(pipe: DiffusionPipeline) -> list[torch.device]:
-    return [pipe.device] if pipe.device.type == "cuda" else []
 
 
 def _check_call(pipe: DiffusionPipeline, sampling: Sampling) -> None:

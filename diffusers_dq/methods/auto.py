@@ -58,7 +58,7 @@ class AutoOptions(MethodOptions):
 @METHODS.register("auto")
 class Auto(Method):
     Options: ClassVar[type[MethodOptions]] = AutoOptions
-    summary = "transforms, bits and group size chosen a site by measured output error, within a budget of bytes"
+    summary = "transforms, bits and group size chosen a site by measured output error, within a budget of bits"
     options: AutoOptions
 
     def activation_scheme(self, bits: int, in_features: int, group_size: int) -> QuantScheme:
@@ -91,16 +91,19 @@ class Auto(Method):
             [_relative_error(site, scheme, chains.get(site.name, Chain())) for scheme in schemes]
             for site, schemes in zip(sites, options, strict=True)
         ]
-        costs = [[_stored(site, [s] * len(site.weights)) for s in ss] for site, ss in zip(sites, options, strict=True)]
-        chosen = allocate(errors, costs, self._budget(sites))
+        values = sum(weight.numel() for site in sites for weight in site.weights) or 1
+        costs = [
+            [_stored(site, [scheme] * len(site.weights)) / values for scheme in schemes]
+            for site, schemes in zip(sites, options, strict=True)
+        ]
+        chosen = allocate(errors, costs, self._budget(sites, values))
         return {site.name: schemes[i] for site, schemes, i in zip(sites, options, chosen, strict=True)}
 
-    def _budget(self, sites: Sequence[Site]) -> float:
-        """Bits in the file."""
-        values = sum(weight.numel() for site in sites for weight in site.weights)
+    def _budget(self, sites: Sequence[Site], values: int) -> float:
+        """Mean bits a weight."""
         if self.options.budget is not None:
-            return self.options.budget * values
-        return sum(_stored(site, site.weight_schemes) for site in sites) + self.options.extra_bits * values
+            return self.options.budget
+        return sum(_stored(site, site.weight_schemes) for site in sites) / values + self.options.extra_bits
 
 
 def _weight_schemes(method: Method, site: Site) -> list[QuantScheme]:

@@ -3,8 +3,8 @@
 
     u = x / s,  W' = W diag(s),  y = u D^T U^T + u^ (W' - U D)^^T + b
 
-with U D the best approximation of W' of rank 32, multiplied in 16 bits, and what is left of it rounded. The paper's
-setting is DQConfig("svdquant", weight_bits=4, activation_bits=4). Its kernels fuse the branch into the integer
+with U D the best approximation of W' of rank 32, kept in the precision of the model, and what is left rounded. The
+paper's setting is DQConfig("svdquant", weight_bits=4, activation_bits=4). Its kernels fuse the branch into the integer
 product; here it is two products of its own.
 """
 
@@ -43,7 +43,7 @@ class SVDQuantOptions(MethodOptions):
 @METHODS.register("svdquant")
 class SVDQuant(Method):
     Options: ClassVar[type[MethodOptions]] = SVDQuantOptions
-    summary = "scaling, a branch of rank 32 in 16 bits, the rest of the weight rounded in groups of 64; dynamic"
+    summary = "scaling, an unrounded branch of rank 32, the rest of the weight rounded in groups of 64; dynamic"
     recipe = Recipe(group_size=64, low_rank=32)
     options: SVDQuantOptions
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, DiTPipeline
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiTPipeline
 from PIL import Image
-from support import tiny_pipeline
+from support import CALLS, tiny_pipeline
 from torch import Tensor, nn
 
 import diffusers_dq as dq
@@ -243,3 +243,18 @@ def test_many_tokens_are_thinned_evenly() -> None:
     assert rows.shape == (4096, 2) and rows[0, 0] == 0 and rows[-1, 0] == 8999
     assert rows[:, 0].diff().min() >= 2 and rows[:, 0].diff().max() <= 3  # 8999 / 4095 = 2.2
     assert torch.equal(_rows(y[:1]), y[0])
+
+
+def test_a_scheduler_that_draws_its_own_noise_draws_the_same_for_both():
+    """DiT's pipeline keeps the generator from the scheduler, which then draws on torch's global one."""
+    pipes = []
+    for _ in range(2):
+        pipe = tiny_pipeline()
+        pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
+        pipes.append(pipe)
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    result = compare(*pipes, CALLS[:1], num_inference_steps=4, layers=False, progress=False)
+    assert np.isinf(result.psnr).all()
+    assert torch.equal(torch.rand(1), expected), "and the global generator goes on as if nothing had happened"

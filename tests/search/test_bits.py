@@ -102,8 +102,7 @@ def test_metrics_of_pictures_are_differences_to_full_precision_and_resume(pipe, 
         from_outputs(trial, some, statistics, metrics)
 
 
-@pytest.mark.parametrize("metrics", ["outputs", "layers"])
-@pytest.mark.parametrize("mode", ["joint", "decoupled"])
+@pytest.mark.parametrize(("metrics", "mode"), [("outputs", "joint"), ("outputs", "decoupled"), ("layers", "joint")])
 @pytest.mark.parametrize("bits", [4.9, 6.0])
 def test_a_budget_of_mean_bits_is_kept_in_the_file_and_used(pipe, statistics, metrics, mode, bits):
     config = dq.allocate_bits(pipe, CONFIG, statistics, budget=bits, metrics=metrics, mode=mode, progress=False)
@@ -188,6 +187,7 @@ def test_pinned_layers_keep_their_bits_and_count(pipe, statistics):
         (dict(bits=(5,)), "weight_bits must be one of"),
         (dict(mode="greedy"), "'joint' or 'decoupled'"),
         (dict(metrics="clip"), "metrics must be"),
+        (dict(metrics="layers", mode="decoupled"), "one metric for all layers, which nothing can decouple"),
         (dict(metrics=[search.LayerMetric("text", ("*attn2*",), search.guidance_error)]), "no metric is for"),
     ],
 )
