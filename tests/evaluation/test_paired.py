@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiTPipeline
 from PIL import Image
-from support import CALLS, tiny_pipeline
+from support import tiny_pipeline
 from torch import Tensor, nn
 
 import diffusers_dq as dq
@@ -249,7 +249,7 @@ def test_a_scheduler_that_draws_its_own_noise_draws_the_same_for_both():
     """DiT's pipeline keeps the generator from the scheduler, which then draws on torch's global one."""
     pipes = []
     for _ in range(2):
-        pipe = tiny_pipeline()
+        pipe = tiny_pipeline(sample_size=16)
         pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
         pipes.append(pipe)
     torch.manual_seed(3)
