@@ -4,6 +4,14 @@
 import torch
 from torch import Tensor
 
+ALPHAS = tuple(i / 10 for i in range(11))  # that a search for the best one tries
+
+
+def check_alpha(alpha: float | None) -> None:
+    """None is to be searched. Raises ValueError."""
+    if alpha is not None and not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must be between 0 and 1, or None to be searched; got {alpha}")
+
 
 def balance(input_max: Tensor, weight_max: Tensor, alpha: float = 0.5) -> Tensor:
     """s_k = input_max_k^alpha / weight_max_k^(1 - alpha), by which the input is divided.

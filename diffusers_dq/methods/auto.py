@@ -14,7 +14,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from diffusers_dq.allocation import allocate
-from diffusers_dq.balancing import balance
+from diffusers_dq.balancing import ALPHAS, balance
 from diffusers_dq.costs import stored_bits
 from diffusers_dq.methods.base import (
     METHODS,
@@ -28,7 +28,6 @@ from diffusers_dq.methods.base import (
 from diffusers_dq.scheme import QuantScheme, fitting_group
 from diffusers_dq.transforms import NOT_ROTATED, Chain, Rotate, Scale
 
-ALPHAS = tuple(i / 10 for i in range(11))
 WEIGHTS = ((4, 0), (4, 128), (4, 64), (4, 32), (6, 0), (8, 0))  # bits, and channels that share a scale
 
 

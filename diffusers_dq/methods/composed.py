@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from diffusers_dq.balancing import balance
+from diffusers_dq.balancing import ALPHAS, balance
 from diffusers_dq.methods.base import (
     METHODS,
     Method,
@@ -28,8 +28,6 @@ from diffusers_dq.scheme import QuantScheme
 from diffusers_dq.shifting import group_means, group_steps
 from diffusers_dq.timesteps import Boundaries, group_of
 from diffusers_dq.transforms import NOT_ROTATED, Chain, ChannelTransform, Rotate, Scale, Shift
-
-ALPHAS = tuple(i / 10 for i in range(11))
 
 
 @dataclass(frozen=True, kw_only=True)

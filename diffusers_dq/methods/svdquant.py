@@ -14,13 +14,11 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from diffusers_dq.balancing import balance
+from diffusers_dq.balancing import ALPHAS, balance, check_alpha
 from diffusers_dq.methods.base import METHODS, Method, MethodOptions, Site, Solution, sites_to_transform
 from diffusers_dq.recipe import Recipe
 from diffusers_dq.scheme import QuantScheme, fitting_group
 from diffusers_dq.transforms import Chain, Scale
-
-ALPHAS = tuple(i / 10 for i in range(11))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +34,7 @@ class SVDQuantOptions(MethodOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.alpha is not None and not 0 <= self.alpha <= 1:
-            raise ValueError(f"alpha must be between 0 and 1 or None, got {self.alpha}")
+        check_alpha(self.alpha)
 
 
 @METHODS.register("svdquant")

@@ -80,5 +80,5 @@ def test_what_nothing_upstream_carries_is_still_rotated():
 
 
 def test_alpha_out_of_range():
-    with pytest.raises(ValueError, match="alpha must be between 0 and 1 or None"):
+    with pytest.raises(ValueError, match="alpha must be between 0 and 1, or None"):
         METHODS["viditq"].Options(alpha=2)
