@@ -109,5 +109,5 @@ def test_what_nothing_upstream_carries_is_scaled_online_unless_refused():
 
 
 def test_alpha_out_of_range():
-    with pytest.raises(ValueError, match="alpha must be between 0 and 1 or None, got 2"):
+    with pytest.raises(ValueError, match="alpha must be between 0 and 1, or None to be searched; got 2"):
         METHODS["svdquant"].Options(alpha=2.0)
