@@ -15,11 +15,12 @@ from tqdm.auto import tqdm
 from diffusers_dq import installation, noise_correction
 from diffusers_dq.building import build_linear
 from diffusers_dq.config import DQConfig
+from diffusers_dq.inputs import InputMoments
 from diffusers_dq.installation import Description
 from diffusers_dq.linear import QuantizedLinear
 from diffusers_dq.methods import Method
 from diffusers_dq.noise_correction import NoiseCorrection
-from diffusers_dq.planning import InputMoments, LinearPlan, Plan, make_plan
+from diffusers_dq.planning import LinearPlan, Plan, make_plan
 from diffusers_dq.reconstruction import Reconstructor
 from diffusers_dq.replay import Replay, evaluating, units_of
 from diffusers_dq.specs import SPECS, ModelSpec, spec_of, undescribed

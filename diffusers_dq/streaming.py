@@ -12,8 +12,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from diffusers_dq.inputs import InputMoments
 from diffusers_dq.observers import StepObserver
-from diffusers_dq.planning import InputMoments
 from diffusers_dq.replay import Replay, run_up_to, swapped
 
 

@@ -9,7 +9,8 @@ from support import CALLS, rebuilt_with_chains, tiny_dit, tiny_pipeline
 
 import diffusers_dq as dq
 from diffusers_dq.building import build_linear
-from diffusers_dq.planning import InputSample, LinearPlan, static_range
+from diffusers_dq.inputs import InputSample, static_range
+from diffusers_dq.planning import LinearPlan
 from diffusers_dq.recipe import Recipe
 from diffusers_dq.scheme import QuantScheme
 from diffusers_dq.statistics import SiteStatistics

@@ -12,8 +12,9 @@ from support import CALLS, tiny_pipeline
 
 import diffusers_dq as dq
 from diffusers_dq.building import build_linear
+from diffusers_dq.inputs import InputRange
 from diffusers_dq.low_rank import low_rank_factors
-from diffusers_dq.planning import InputRange, LinearPlan
+from diffusers_dq.planning import LinearPlan
 from diffusers_dq.recipe import Recipe
 from diffusers_dq.scheme import QuantScheme
 from diffusers_dq.timesteps import TimestepGroups

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from diffusers_dq.evaluation.metrics import Array
+from diffusers_dq.frechet import frechet_distance
 
 Features: TypeAlias = Array | Tensor
 
@@ -20,18 +21,13 @@ _SURFACE = 1 + 1e-7
 
 
 def fid(generated: Features, reference: Features) -> float:
-    """Frechet distance |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of two Gaussians (Heusel et al., 2017, Eq. 6).
+    """Frechet distance of two sets (frechet.py).
 
-    generated: [n, D].   reference: [m, D].   The covariances C divide by n - 1 and m - 1, as the usual programs do.
-    Below some thousands of pictures the figure is biased upwards, the more the larger D is: compare equal n only.
-    Memory: some copies of the sets in fp64. Raises ValueError for less than 2 rows or for features of other widths.
+    generated: [n, D].   reference: [m, D].   Below some thousands of pictures the figure is biased upwards, the more
+    the larger D is: compare equal n only. Memory: some copies of the sets in fp64. Raises ValueError for less than 2
+    rows or for features of other widths.
     """
-    x, y = _two(generated, reference)
-    mean = (x.mean(0) - y.mean(0)).square().sum()
-    left, right = _root(x), _root(y)
-    # C1 = L^T L, C2 = R^T R: the eigenvalues of C1 C2 are the squared singular values of L R^T, of any rank
-    cross = torch.linalg.svdvals(left @ right.T).sum()
-    return max(0.0, float(mean + left.square().sum() + right.square().sum() - 2 * cross))
+    return frechet_distance(*_two(generated, reference))
 
 
 def kid(generated: Features, reference: Features) -> float:
@@ -85,11 +81,6 @@ def _two(generated: Features, reference: Features) -> tuple[Tensor, Tensor]:
     if x.shape[1] != y.shape[1]:
         raise ValueError(f"the features differ in width: {x.shape[1]} and {y.shape[1]}; use one extractor for both")
     return x, y
-
-
-def _root(features: Tensor) -> Tensor:
-    """R, [min(n, D), D], with R^T R the covariance."""
-    return torch.linalg.qr((features - features.mean(0)) / (len(features) - 1) ** 0.5, mode="r").R
 
 
 def _kernel(x: Tensor, y: Tensor, *, diagonal: bool = False) -> float:

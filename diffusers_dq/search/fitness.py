@@ -4,10 +4,11 @@
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import scipy.linalg
+import torch
 from diffusers import DiffusionPipeline
 
 from diffusers_dq.denoise import Call
+from diffusers_dq.frechet import frechet_distance
 from diffusers_dq.search.running import final_latents, pictures
 
 Fitness = Callable[[DiffusionPipeline], float]
@@ -58,28 +59,9 @@ class FeatureFID:
         )
 
     def __call__(self, pipe: DiffusionPipeline) -> float:
-        return frechet_distance(self._features, self._features_of(pipe))
+        x, y = (torch.from_numpy(part.astype("float64")) for part in (self._features, self._features_of(pipe)))
+        return frechet_distance(x, y)
 
     def _features_of(self, pipe: DiffusionPipeline) -> np.ndarray:
         images = pictures(pipe, self._calls, num_inference_steps=self._steps, seed=self._seed)
         return np.concatenate([self._extractor(batch) for batch in images])
-
-
-def frechet_distance(x: np.ndarray, y: np.ndarray) -> float:
-    """|mu_x - mu_y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2)), of features x [n, D] and y [m, D] (Heusel et al., 2017).
-
-    The trace of the root is the sum of the singular values of A B^T where C_x = A^T A and C_y = B^T B, which needs no
-    root of a matrix and cannot turn complex; A and B are at most [D, D]. Raises ValueError for fewer than two rows.
-    """
-    if len(x) < 2 or len(y) < 2:
-        raise ValueError(f"a Frechet distance needs at least two pictures on both sides, got {len(x)} and {len(y)}")
-    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-    a, b = _root_of_covariance(x), _root_of_covariance(y)
-    cross = scipy.linalg.svdvals(a @ b.T).sum()
-    means = np.square(x.mean(0) - y.mean(0)).sum()
-    return float(means + np.square(a).sum() + np.square(b).sum() - 2 * cross)
-
-
-def _root_of_covariance(x: np.ndarray) -> np.ndarray:
-    """A [min(n, D), D] with A^T A the covariance of x [n, D]."""
-    return np.asarray(np.linalg.qr((x - x.mean(0)) / np.sqrt(len(x) - 1), mode="r"))

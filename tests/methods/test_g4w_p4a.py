@@ -7,8 +7,8 @@ from diffusers import DiTPipeline
 
 import diffusers_dq as dq
 from diffusers_dq import affine
+from diffusers_dq.inputs import static_range
 from diffusers_dq.methods import METHODS, Site
-from diffusers_dq.planning import static_range
 from diffusers_dq.scheme import QuantScheme
 from diffusers_dq.statistics import SiteStatistics
 from diffusers_dq.transforms import Chain

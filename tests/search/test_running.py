@@ -7,7 +7,7 @@ import torch
 from support import CALLS, PIXART_CALL, tiny_pipeline, tiny_pixart_pipeline
 
 from diffusers_dq.denoise import run_call
-from diffusers_dq.search.fitness import FeatureFID, TrajectoryError, frechet_distance
+from diffusers_dq.search.fitness import FeatureFID, TrajectoryError
 from diffusers_dq.search.running import final_latents, tokens_of, with_transformer
 
 
@@ -60,28 +60,6 @@ def test_trajectory_error_is_zero_for_the_reference_and_the_mean_over_calls_else
     other = tiny_pipeline(seed=1)
     alone = [TrajectoryError(pipe, [c], num_inference_steps=3, seed=1 + i)(other) for i, c in enumerate(CALLS)]
     assert fitness(other) == pytest.approx(sum(alone) / 2) and alone[0] != alone[1]
-
-
-def test_frechet_distance_of_two_gaussians():
-    random = np.random.default_rng(0)
-    x = random.normal(size=(20000, 3))
-    moved, stretched = x + [3.0, 0, 0], x * [1.0, 2.0, 1.0]
-    assert frechet_distance(x, x) == pytest.approx(0, abs=1e-9)
-    assert frechet_distance(x, moved) == pytest.approx(9, rel=1e-6)
-    assert frechet_distance(x, stretched) == pytest.approx(1, rel=0.05)  # (2 - 1)^2 of one deviation
-    with pytest.raises(ValueError, match="at least two pictures"):
-        frechet_distance(x[:1], x)
-
-
-def test_frechet_distance_is_the_one_of_matrix_roots():
-    import scipy.linalg
-
-    random = np.random.default_rng(1)
-    x, y = random.normal(size=(40, 6)), random.normal(size=(50, 6)) @ random.normal(size=(6, 6))
-    a, b = np.cov(x.T), np.cov(y.T)
-    root = scipy.linalg.sqrtm(a @ b).real
-    expected = np.square(x.mean(0) - y.mean(0)).sum() + np.trace(a + b - 2 * root)
-    assert frechet_distance(x, y) == pytest.approx(expected)
 
 
 def test_feature_fid_takes_any_extractor_and_a_pipeline_or_pictures_as_reference():
