@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Carries out a plan for one linear: fold in fp64, round once, fill the quantized layer.
+"""Carries out a plan for one linear or modulation: fold in fp64, round once, fill the quantized layer.
 
 Notation: N out_features, K in_features, G timestep groups.
 """
@@ -13,8 +13,10 @@ from diffusers_dq.affine import QuantizedWeight
 from diffusers_dq.gptq import quantize_weight_gptq
 from diffusers_dq.linear import InputRounding, LinearLayout, QuantizedLinear
 from diffusers_dq.low_rank import is_worth_it, low_rank_factors
-from diffusers_dq.planning import LinearPlan
+from diffusers_dq.modulation import Modulation, ModulationLayout
+from diffusers_dq.planning import LinearPlan, ModulationPlan
 from diffusers_dq.scheme import QuantScheme
+from diffusers_dq.specs import ModulationArgument
 from diffusers_dq.timesteps import TimestepGroups, expand, group_of
 
 
@@ -61,6 +63,8 @@ def build_linear(
         rotation_order=1 if plan.chain.rotation is None else plan.chain.rotation.order,
         low_rank=plan.recipe.low_rank if factors is not None else 0,
         partition=partition,
+        input_carried=bool(plan.chain.transforms) and not plan.online,
+        carries=bool(plan.rows),
     )
     layer = QuantizedLinear(
         linear.in_features,
@@ -122,6 +126,40 @@ def _group_size(plan: LinearPlan) -> int:
     if of_input and of_input != weight:
         raise ValueError(f"an input in groups of {of_input} channels needs a weight in the same groups, not {weight}")
     return weight or 0
+
+
+def build_modulation(
+    model: nn.Module,
+    of: ModulationArgument,
+    plan: ModulationPlan,
+    partition: int,
+    groups: TimestepGroups,
+    dtype: torch.dtype,
+    rows: int = 1,
+) -> Modulation:
+    """What changes the modulation y that a block is called with: with the block's own table,
+    table + y' = m (table + y) + a_g. Arguments as in `build_linear`."""
+    update, _ = plan.rows[0]
+    channels = of.chunks * (update.stop - update.start)
+    multiplier = torch.ones(channels, dtype=torch.float64)
+    offset = torch.zeros(len(plan.boundaries) + 1, channels, dtype=torch.float64)
+    for update, boundaries in plan.rows:
+        here = slice(update.start, update.stop)
+        multiplier[here] = update.multiplier
+        offset[:, here] = expand(update.offset, boundaries, plan.boundaries)
+    block = model.get_submodule(of.block)
+    table = None if of.table is None else getattr(block, of.table).detach()
+    if table is not None:
+        offset += (multiplier - 1) * table.reshape(-1).to(offset)
+    if bool((offset == offset[:1]).all()):
+        offset = offset[:1]
+    offset = _lengthened(offset, rows)
+    layout = ModulationLayout(argument=of.argument, channels=channels, offset_groups=len(offset), partition=partition)
+    device = next(block.parameters()).device
+    modulation = Modulation(layout, groups, device=device, dtype=dtype)
+    modulation.multiplier.copy_(multiplier)
+    modulation.offset.copy_(offset)
+    return modulation
 
 
 _SWITCHED = ("bias_groups", "input_scale", "input_zero_point", "input_shift")

@@ -22,6 +22,7 @@ from diffusers_dq.checks import check_argument
 from diffusers_dq.denoise import Call, argument_names, check_calls, denoiser, quiet, run_call, watching_timestep
 from diffusers_dq.model_inputs import ModelInput, capture, places
 from diffusers_dq.observers import StepObserver
+from diffusers_dq.replay import blocks_of
 from diffusers_dq.specs import SPECS, AttentionSite, spec_of
 from diffusers_dq.statistics import SiteStatistics, Statistics, check_writable, fingerprint_of, not_finite
 
@@ -179,13 +180,14 @@ class _Recorder:
         self.kept = kept
         self.samples: list[ModelInput] = []
         self.timesteps: list[float] = []
-        self.descending = True
+        timestep = spec_of(model).timestep
+        self.descending = timestep is None or timestep.descending  # all that is known of a schedule of one step
         self.observers: dict[str, StepObserver] = {}
         self.linears: dict[str, tuple[str, ...]] = {}
         self.call = 0
         self._step = 0
         self._visited: list[int] = []  # steps of this call so far
-        self._seen: dict[int, tuple[weakref.ref[Tensor], str]] = {}
+        self._seen: dict[tuple[int, str], tuple[weakref.ref[Tensor], str]] = {}
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -243,14 +245,15 @@ class _Recorder:
         yield attention.to_k.register_forward_hook(observe)
 
     def _discover(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        """For an architecture without a spec: linears that are given the very same tensor object form a group."""
+        """For an architecture without a spec: linears of a block that are given the very same tensor form a group."""
+        block = next((block for block in blocks_of(self.model) if name.startswith(f"{block}.")), "")
 
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             x = args[0]
-            reference, site = self._seen.get(id(x), (None, name))
+            reference, site = self._seen.get((id(x), block), (None, name))
             if reference is None or reference() is not x:
                 site = next((s for s, members in self.linears.items() if name in members), name)
-                self._seen[id(x)] = (weakref.ref(x), site)
+                self._seen[id(x), block] = (weakref.ref(x), site)
                 self._observe(site, x)
             members = self.linears.get(site, ())
             if name not in members:

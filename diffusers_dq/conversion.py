@@ -13,14 +13,15 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from diffusers_dq import installation, noise_correction
-from diffusers_dq.building import build_linear
+from diffusers_dq.building import build_linear, build_modulation
 from diffusers_dq.config import DQConfig
 from diffusers_dq.inputs import InputMoments
 from diffusers_dq.installation import Description
 from diffusers_dq.linear import QuantizedLinear
 from diffusers_dq.methods import Method
+from diffusers_dq.modulation import Modulation
 from diffusers_dq.noise_correction import NoiseCorrection
-from diffusers_dq.planning import LinearPlan, Plan, make_plan
+from diffusers_dq.planning import LinearPlan, ModulationPlan, Plan, make_plan
 from diffusers_dq.reconstruction import Reconstructor
 from diffusers_dq.replay import Replay, evaluating, units_of
 from diffusers_dq.specs import SPECS, ModelSpec, spec_of, undescribed
@@ -58,6 +59,7 @@ class Conversion:
         self.plan: Plan = make_plan(model, self.spec, method or config.make_method(), config, statistics)
         self.groups = TimestepGroups(len(self.plan.partitions))
         self.layers: dict[str, QuantizedLinear] = {}
+        self.modulations: dict[str, Modulation] = {}
         self.correction: NoiseCorrection | None = None
 
     def build(self, name: str, linear: nn.Linear) -> QuantizedLinear:
@@ -73,9 +75,25 @@ class Conversion:
         return self.layers[name]
 
     def _built(self, name: str, linear: nn.Linear, plan: LinearPlan) -> QuantizedLinear:
-        partition = self.plan.partitions.index(plan.boundaries)
-        rows = 1 + max(map(len, self.plan.partitions))
-        return build_linear(linear, plan, partition, self.groups, self.dtype, rows)
+        return build_linear(linear, plan, *self._switching(plan))
+
+    def _switching(self, plan: LinearPlan | ModulationPlan) -> tuple[int, TimestepGroups, torch.dtype, int]:
+        """Partition, groups, dtype, and rows of a table that switches."""
+        partitions = self.plan.partitions
+        return partitions.index(plan.boundaries), self.groups, self.dtype, 1 + max(map(len, partitions))
+
+    def modulations_of(self, unit: str) -> dict[str, Modulation]:
+        """Those of the blocks in a unit, or of all blocks for ""."""
+        found = {}
+        for argument, plan in self.plan.modulations.items():
+            if not unit or f"{argument.block}.".startswith(f"{unit}."):
+                modulation = build_modulation(self.model, argument, plan, *self._switching(plan))
+                found[f"{argument.block}.{modulation.layout.leaf}"] = modulation
+        return found
+
+    @property
+    def _built_so_far(self) -> dict[str, nn.Module]:
+        return {**self.layers, **self.modulations}
 
     def reconstruct(self, checkpoint: str | os.PathLike[str] | None, progress: bool) -> None:
         """Learn how the weights are rounded, where the configuration asks for it."""
@@ -88,6 +106,7 @@ class Conversion:
             self.model,
             self.plan,
             self._built,
+            self.modulations_of,
             self._replay(),
             self.config.reconstruction_settings(),
             identity=identity,
@@ -103,7 +122,7 @@ class Conversion:
         if not self.config.recipe.noise_correction:
             return
         replay = self._replay()
-        exact, quantized = replay.outputs({}), replay.outputs(self.layers)
+        exact, quantized = replay.outputs({}), replay.outputs(self._built_so_far)
         pairs = [(timestep, x, y) for (timestep, x), (_, y) in zip(exact, quantized, strict=True)]
         self.correction = noise_correction.fit(pairs, _noise_channels(self.model))
 
@@ -116,6 +135,7 @@ class Conversion:
                     spill(self.build(name, self.model.get_submodule(name)))  # type: ignore[arg-type]
                     _give_back()
                     bar.update()
+                self.modulations |= self.modulations_of(unit)
                 self._change_plans(members, moments=dict.fromkeys(members))
 
     def _observe(self, unit: str, names: Sequence[str]) -> None:
@@ -124,7 +144,7 @@ class Conversion:
         readers = [[name for name in group.linears if name in lacking] for group in self.spec.groups]
         together = {readers_here[0]: readers_here for readers_here in readers if readers_here}
         if together:
-            found = unit_moments(self._replay(), unit, list(together), self.layers)
+            found = unit_moments(self._replay(), unit, list(together), self._built_so_far)
             self._change_plans(lacking, moments={name: found[first] for first, of in together.items() for name in of})
 
     def _change_plans(self, names: Collection[str], moments: Mapping[str, InputMoments | None]) -> None:
@@ -135,8 +155,10 @@ class Conversion:
         """Install the layers; returns the configuration with its `result`, the one to save."""
         model, plan = self.model, self.plan
         boundaries = boundary_table(plan.partitions)
+        self.modulations = self.modulations_of("")
         description = Description(
             linears={name: layer.layout for name, layer in self.layers.items()},
+            modulations={name: modulation.layout for name, modulation in self.modulations.items()},
             attention=tuple(plan.attention),
             attention_bits=plan.attention_bits,
             softmax=plan.softmax,
@@ -154,6 +176,7 @@ class Conversion:
             model,
             description,
             self.layers,
+            self.modulations,
             self.groups.to(device),
             boundaries.to(device),
             plan.attention,

@@ -9,10 +9,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from diffusers_dq import attention, fusion, noise_correction
+from diffusers_dq import attention, fusion, modulation, noise_correction
 from diffusers_dq.attention import Softmax
 from diffusers_dq.denoise import TimestepArgument
 from diffusers_dq.linear import LinearLayout, QuantizedLinear
+from diffusers_dq.modulation import Modulation, ModulationLayout
 from diffusers_dq.noise_correction import CorrectOutput, NoiseCorrection
 from diffusers_dq.step_policy import StepBits
 from diffusers_dq.timesteps import TimestepGroups
@@ -28,8 +29,8 @@ _REPEATED = "_repeated_blocks"  # where diffusers looks for what compile_repeate
 class Description:
     """All that must be known of a quantized model before its tensors are; `DQConfig.result`, in config.json.
 
-    linears: by module name.   attention: quantized Attention modules, to attention_bits, their softmax
-        rounded as `softmax` says.
+    linears, modulations: by module name.
+    attention: quantized Attention modules, to attention_bits, their softmax rounded as `softmax` says.
     partitions: [P, E], the shape of the table of timestep boundaries.   descending: noise falls with the timestep.
     tied: module -> the one it is the same as.   shared: linear -> another that rounds the same input the same way.
     notes: linear -> why it is in full precision or what is odd about it.
@@ -49,13 +50,16 @@ class Description:
     step_bits: StepBits | None = None
     noise_correction: tuple[int, int] | None = None
     softmax: Softmax = "uniform"
+    modulations: Mapping[str, ModulationLayout] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not isinstance(self.dtype, torch.dtype):
             raise ValueError(f"{self.dtype!r} is no dtype")
-        for name, layout in self.linears.items():
-            if layout.partition >= self.partitions[0]:
-                raise ValueError(f"{name} follows partition {layout.partition} of {self.partitions[0]}")
+        followed = {name: layout.partition for name, layout in self.linears.items()}
+        followed |= {name: layout.partition for name, layout in self.modulations.items()}
+        for name, partition in followed.items():
+            if partition >= self.partitions[0]:
+                raise ValueError(f"{name} follows partition {partition} of {self.partitions[0]}")
         for name, first in self.shared.items():
             if not {name, first} <= self.linears.keys():
                 raise ValueError(f"{name} shares its input with {first}; both have to be quantized linears")
@@ -66,6 +70,7 @@ class Description:
         """JSON-able."""
         return asdict(self) | {
             "linears": {name: layout.to_dict() for name, layout in self.linears.items()},
+            "modulations": {name: layout.to_dict() for name, layout in self.modulations.items()},
             "attention": list(self.attention),
             "partitions": list(self.partitions),
             "dtype": str(self.dtype).removeprefix("torch."),
@@ -80,6 +85,7 @@ class Description:
             partitions, edges = result["partitions"]
             parts = {
                 "linears": {name: LinearLayout(**layout) for name, layout in result["linears"].items()},
+                "modulations": {n: ModulationLayout(**layout) for n, layout in result.get("modulations", {}).items()},
                 "attention": tuple(result["attention"]),
                 "partitions": (int(partitions), int(edges)),
                 "dtype": getattr(torch, result["dtype"], result["dtype"]),
@@ -129,12 +135,14 @@ def install(
     model: nn.Module,
     description: Description,
     layers: Mapping[str, QuantizedLinear],
+    modulations: Mapping[str, Modulation],
     groups: TimestepGroups,
     boundaries: Tensor,
     attention_scales: Mapping[str, Mapping[str, Tensor]] | None,
     correction: NoiseCorrection | None = None,
 ) -> None:
-    """Replace linears by layers, share tied modules, quantize attention, select the group before each forward.
+    """Replace linears by layers, share tied modules, quantize attention, select the group before each forward, change
+    what blocks are called with.
 
     boundaries: [P, E]; without columns there is one group and nothing to select.
     attention_scales: Attention module -> operand -> [1]; None where a file will bring them.
@@ -163,6 +171,7 @@ def install(
             model.register_buffer(BOUNDARIES, boundaries)
         if select is not None:
             model.register_forward_pre_hook(select, with_kwargs=True)
+        modulation.attach_all(model, modulations)
         if correction is not None:
             model.add_module(noise_correction.NAME, correction)
             model.register_forward_hook(CorrectOutput(TimestepArgument.of(model)), with_kwargs=True)
@@ -192,6 +201,8 @@ def _remove_selection(model: nn.Module) -> None:
         if isinstance(hook, SelectGroup):
             del model._forward_pre_hooks[key]
             model._forward_pre_hooks_with_kwargs.pop(key, None)
+    for block in model.modules():
+        modulation.detach(block)
     for key, corrects in list(model._forward_hooks.items()):
         if isinstance(corrects, CorrectOutput):
             del model._forward_hooks[key]
@@ -282,11 +293,15 @@ def install_skeleton(model: nn.Module, description: Description) -> None:
         )
     for name in (*description.attention, *description.tied, *description.tied.values()):
         _submodule(model, name, nn.Module)
+    modulations = {}
+    for name, of_block in description.modulations.items():
+        _submodule(model, name.rpartition(".")[0], nn.Module)
+        modulations[name] = Modulation(of_block, groups, device="meta", dtype=description.dtype)
     correction = None
     if description.noise_correction is not None:
         correction = NoiseCorrection(*description.noise_correction, device="meta")
     boundaries = torch.empty(description.partitions, device="meta")
-    install(model, description, layers, groups, boundaries, None, correction)
+    install(model, description, layers, modulations, groups, boundaries, None, correction)
 
 
 def _submodule(model: nn.Module, name: str, kind: type[Module]) -> Module:
@@ -308,4 +323,4 @@ def is_own(model: nn.Module, name: str) -> bool:
     module = model.get_submodule(owner)
     if isinstance(module, QuantizedLinear):
         return leaf in dict(module.tables()) or (leaf == "weight" and module.layout.rounds_weight)
-    return name == BOUNDARIES or isinstance(module, NoiseCorrection) or attention.owns(module, leaf)
+    return name == BOUNDARIES or isinstance(module, NoiseCorrection | Modulation) or attention.owns(module, leaf)

@@ -59,6 +59,8 @@ class LinearLayout:
     smooth: the input is divided by a vector online.   rotation_order: of the Hadamard matrix that then mixes its
         channels, 1 for none.   low_rank: rank of a part of the weight that is not rounded, 0 for none.
     partition: which entry of TimestepGroups.index applies.
+    input_carried: the input arrives transformed, by something upstream.   carries: the output leaves transformed, for
+        what reads it. Neither changes what the layer computes; an adapter beside it would be wrong (guards.py).
     """
 
     weight_bits: int
@@ -74,6 +76,8 @@ class LinearLayout:
     rotation_order: int = 1
     low_rank: int = 0
     partition: int = 0
+    input_carried: bool = False
+    carries: bool = False
 
     def __post_init__(self) -> None:
         Bits(self.weight_bits, self.activation_bits)
@@ -90,7 +94,7 @@ class LinearLayout:
         for name in (*of_tables, "group_size", "rotation_order", "low_rank", "partition"):
             if type(getattr(self, name)) is not int or getattr(self, name) < 0:
                 raise ValueError(f"{name} must be a whole number, got {getattr(self, name)!r}")
-        for name in ("smooth", "weight_zero_points", "input_zero_points"):
+        for name in ("smooth", "weight_zero_points", "input_zero_points", "input_carried", "carries"):
             if type(getattr(self, name)) is not bool:
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
         if self.static != (self.range_groups > 0):
@@ -123,7 +127,8 @@ class LinearLayout:
     def of_input(self) -> "LinearLayout":
         """What it says of the input alone: equal for linears that do the same to theirs."""
         size = self.group_size if self.input_rounding == "group" else 0
-        return replace(self, weight_bits=8, bias_groups=0, group_size=size, weight_zero_points=False, low_rank=0)
+        of_weight = dict(weight_bits=8, bias_groups=0, weight_zero_points=False, low_rank=0, carries=False)
+        return replace(self, group_size=size, **of_weight)
 
     def to_dict(self) -> dict[str, Any]:
         """Only what differs from the defaults: config.json holds one a linear."""

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +28,24 @@ from diffusers_dq.methods import Method, Site, Solution
 from diffusers_dq.recipe import Recipe
 from diffusers_dq.replay import Replay
 from diffusers_dq.scheme import QuantScheme
-from diffusers_dq.specs import LinearGroup, ModelSpec, RowUpdate, ValueProjection
+from diffusers_dq.specs import LinearGroup, ModelSpec, ModulationArgument, RowUpdate, ValueProjection
 from diffusers_dq.statistics import SiteStatistics, Statistics
 from diffusers_dq.step_policy import StepBits
 from diffusers_dq.timesteps import Boundaries, TimestepGroups, refine
 from diffusers_dq.transforms import Chain
+
+Rows: TypeAlias = "tuple[tuple[RowUpdate, Boundaries], ...]"  # changes of an output, each with its offsets' partition
+
+
+@dataclass(frozen=True)
+class ModulationPlan:
+    """What becomes of the modulation that a block is called with.   rows: never empty."""
+
+    rows: Rows
+
+    @property
+    def boundaries(self) -> Boundaries:
+        return refine(*(boundaries for _, boundaries in self.rows))
 
 
 @dataclass(frozen=True)
@@ -41,7 +55,7 @@ class LinearPlan:
     weight_scheme, scheme: of weight and input, None where not rounded.
     chain: the change of its input.   online: made by the layer itself, not upstream, as its rotation always is.
     note: why, where it might be.
-    rows: changes of its own output that groups downstream ask for, each with the partition of its offsets.
+    rows: changes of its own output that groups downstream ask for.
     recipe: how the weight is rounded.   decided: the rounded weight, once reconstruction has learned it.
     sample, moments: of its input before the chain.
     """
@@ -50,7 +64,7 @@ class LinearPlan:
     scheme: QuantScheme | None = None
     chain: Chain = Chain()
     online: bool = False
-    rows: tuple[tuple[RowUpdate, Boundaries], ...] = ()
+    rows: Rows = ()
     input_range: InputRange | None = None
     recipe: Recipe = Recipe()
     decided: affine.QuantizedWeight | None = None
@@ -82,7 +96,8 @@ class LinearPlan:
 class Plan:
     """linears: by module name.   kept: linear that stays in full precision -> reason.
     attention: Attention module -> operand -> scale [1].   apart: linears that reconstruction takes on their own.
-    step_bits: of activations, where they change with the step."""
+    step_bits: of activations, where they change with the step.
+    modulations: that blocks are called with and that have to change."""
 
     linears: Mapping[str, LinearPlan]
     kept: Mapping[str, str] = field(default_factory=dict)
@@ -91,11 +106,13 @@ class Plan:
     softmax: Softmax = "uniform"
     apart: frozenset[str] = frozenset()
     step_bits: StepBits | None = None
+    modulations: Mapping[ModulationArgument, ModulationPlan] = field(default_factory=dict)
 
     @property
     def partitions(self) -> list[Boundaries]:
-        """Distinct partitions of all linears; always at least one."""
-        return sorted({plan.boundaries for plan in self.linears.values()}) or [()]
+        """Distinct partitions of all linears and modulations; always at least one."""
+        followed = {plan.boundaries for plan in self.linears.values()}
+        return sorted(followed.union(plan.boundaries for plan in self.modulations.values())) or [()]
 
 
 def kept_in_full_precision(model: nn.Module, spec: ModelSpec, config: DQConfig) -> dict[str, str]:
@@ -169,17 +186,17 @@ def make_plan(
     maxima = None if seen is None else _SampleMaxima(model, seen, [group.name for group in groups])
     sites = [_site(model, group, plans, spec, seen, maxima, config) for group in groups]
     solution = method.solve(sites, None if seen is None else seen.timesteps)
+    modulations: dict[ModulationArgument, ModulationPlan] = {}
     for group, site in zip(groups, sites, strict=True):
-        _place(group, solution, site.weights[0].shape[1], config, plans)
+        _place(group, solution, site.weights[0].shape[1], config, plans, modulations)
         if seen is not None and statistics is not None:
             _use_statistics(group, site, seen.timesteps, method, solution, plans)
             if config.recipe.rounding == "gptq":
                 _use_moments(group, statistics, plans)
     scales = _attention_scales(spec, config, statistics) if config.quantize_attention else {}
     apart = spec.weight_only if method.rounds_conditioning else frozenset()
-    return Plan(
-        plans, kept, scales, config.activation_bits, method.softmax, apart, _step_bits(config, statistics, plans)
-    )
+    step_bits = _step_bits(config, statistics, plans)
+    return Plan(plans, kept, scales, config.activation_bits, method.softmax, apart, step_bits, modulations)
 
 
 def _step_bits(config: DQConfig, statistics: Statistics | None, plans: Mapping[str, LinearPlan]) -> StepBits | None:
@@ -292,7 +309,12 @@ def _statistics_of(group: LinearGroup, statistics: Statistics) -> SiteStatistics
 
 
 def _place(
-    group: LinearGroup, solution: Solution, channels: int, config: DQConfig, plans: dict[str, LinearPlan]
+    group: LinearGroup,
+    solution: Solution,
+    channels: int,
+    config: DQConfig,
+    plans: dict[str, LinearPlan],
+    modulations: dict[ModulationArgument, ModulationPlan],
 ) -> None:
     """Give the group's chain to its linears, and its upstream half to the producer or to the quantize step."""
     chain, note = solution.chains.get(group.name), solution.notes.get(group.name)
@@ -312,8 +334,12 @@ def _place(
             )
     if chain.transforms and obstacle is None and group.producer is not None:
         updates = tuple((update, chain.boundaries) for update in group.producer.updates(chain, channels))
-        producer = plans[group.producer.linear]
-        plans[group.producer.linear] = replace(producer, rows=producer.rows + updates)
+        source = group.producer.source
+        if isinstance(source, str):
+            plans[source] = replace(plans[source], rows=plans[source].rows + updates)
+        else:
+            before = modulations[source].rows if source in modulations else ()
+            modulations[source] = ModulationPlan(before + updates)
 
 
 def _obstacle(group: LinearGroup, chain: Chain, config: DQConfig, plans: Mapping[str, LinearPlan]) -> str | None:
@@ -321,15 +347,18 @@ def _obstacle(group: LinearGroup, chain: Chain, config: DQConfig, plans: Mapping
     producer = group.producer
     if producer is None:
         return "transformed online: nothing upstream can carry it"
-    if producer.linear not in plans:
-        return f"transformed online: {producer.linear}, which would carry it, stays in full precision"
+    source = producer.source
+    if isinstance(source, str) and source not in plans:
+        return f"transformed online: {source}, which would carry it, stays in full precision"
     left = [name for name in group.linears if name not in plans]
     if left:
         return f"transformed online: {left[0]} reads the same input and stays in full precision"
     if config.quantize_attention and isinstance(producer, ValueProjection):
         return "transformed online: rows of quantized attention probabilities do not sum to one"
     if not producer.can_carry(chain):
-        return f"transformed online: {producer.linear} cannot carry such a transform"
+        return (
+            f"transformed online: {source if isinstance(source, str) else source.argument} cannot carry such a change"
+        )
     return None
 
 

@@ -15,7 +15,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
 import diffusers_dq_kernels as ops
-from diffusers_dq import installation
+from diffusers_dq import guards, installation
 from diffusers_dq.config import DQConfig, DQMethod
 from diffusers_dq.conversion import Conversion, convert
 from diffusers_dq.installation import Description
@@ -78,6 +78,10 @@ class DQQuantizer(DiffusersQuantizer):
 
     def _process_model_before_weight_loading(self, model: ModelMixin, **kwargs: Any) -> None:
         config = self.quantization_config
+        if not getattr(
+            model, "_no_split_modules", None
+        ):  # device_map="auto" needs to know, and many classes do not say
+            model._no_split_modules = installation.repeated_blocks(model)
         if self.description is not None:
             installation.install_skeleton(model, self.description)
             return
@@ -194,6 +198,7 @@ class DQQuantizer(DiffusersQuantizer):
         model.is_quantized = True
         model.quantization_method = DQMethod.DIFFUSERS_DQ
         model.register_to_config(quantization_config=config)
+        guards.protect(model, config.method)
 
     def _check_complete(self, model: ModelMixin) -> None:
         """diffusers leaves missing tensors on the meta device and skips extra ones with no more than a warning."""
@@ -235,6 +240,13 @@ class DQQuantizer(DiffusersQuantizer):
         """Without the copies of tied modules, which the file holds once; 6-bit weights packed."""
         if not safe_serialization:
             raise ValueError("a quantized model is saved with safe_serialization=True only: nothing here is unpickled")
+        adapted = next((key for key in state_dict if ".base_layer." in key), None)
+        if adapted is not None:
+            raise ValueError(
+                f"an adapter is loaded ({adapted}), and a quantized model is saved without: save the adapter on its own"
+                " (save_lora_weights of the pipeline, save_lora_adapter of the transformer), unload it"
+                " (unload_lora_weights, unload_lora), then save the model"
+            )
         kept = {key: value for key, value in state_dict.items() if not self._is_tied_copy(key)}
         return {key: ops.pack_int6(value) if self._is_packed(key) else value for key, value in kept.items()}, {}
 
@@ -254,6 +266,7 @@ class DQQuantizer(DiffusersQuantizer):
                     linears[name] = module.dequantized(model.dtype)
                 except ValueError as error:
                     raise ValueError(f"cannot dequantize {name}: {error}") from None
+        guards.unprotect(model)
         if self.description is not None:
             installation.uninstall(model, self.description)
         for name, linear in linears.items():

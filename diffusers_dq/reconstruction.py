@@ -52,6 +52,7 @@ class Reconstructor:
         model: nn.Module,
         plan: Plan,
         build: Build,
+        modulations_of: Callable[[str], Mapping[str, nn.Module]],
         replay: Replay,
         settings: Reconstruction,
         *,
@@ -59,8 +60,11 @@ class Reconstructor:
         checkpoint: str | os.PathLike[str] | None = None,
         seed: int = 0,
     ) -> None:
-        """identity: JSON-able, by which a checkpoint is known to be of this run."""
+        """modulations_of: a unit's, which go with its layers.
+        identity: JSON-able, by which a checkpoint is known to be of this run.
+        """
         self.model, self.plan, self.build, self.replay, self.settings = model, plan, build, replay, settings
+        self.modulations_of = modulations_of
         self.identity = dict(identity) | {"reconstruction": asdict(settings)}
         self.checkpoint = None if checkpoint is None else check_writable(checkpoint)
         self.seed = seed
@@ -81,6 +85,7 @@ class Reconstructor:
                 else:
                     bar.update(self.settings.iterations)
                 layers |= {name: self._layer(name, self.linears[name]) for name in names}
+                layers |= self.modulations_of(unit)
         return replace(self.plan, linears=self.linears)
 
     def _rounded(self) -> list[str]:
@@ -97,12 +102,14 @@ class Reconstructor:
         passages = [replace(q, output=self._wanted(unit, e)) for q, e in zip(quantized, exact, strict=True)]
         soft = {name: self._soft(name) for name in names}
         nearest = {name: layer.layer for name, layer in soft.items()}
-        with swapped(self.model, nearest):
+        modulations = self.modulations_of(unit)
+        with swapped(self.model, {**nearest, **modulations}):
             before = self._error(unit, passages)
-        with swapped(self.model, soft):
+        with swapped(self.model, {**soft, **modulations}):
             self._optimize(unit, soft, passages, before, bar)
         learned = {name: _learned(self.linears[name], layer) for name, layer in soft.items()}
-        with swapped(self.model, {name: self._layer(name, _uncorrected(plan)) for name, plan in learned.items()}):
+        rounded = {name: self._layer(name, _uncorrected(plan)) for name, plan in learned.items()}
+        with swapped(self.model, {**rounded, **modulations}):
             after = self._error(unit, passages)
         bar.set_postfix_str(f"{unit}: error {before:.3g} -> {min(before, after):.3g}")
         kept = {name: replace(self.linears[name], decided=layer.nearest()) for name, layer in soft.items()}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from diffusers_dq.denoise import TimestepArgument
 from diffusers_dq.model_inputs import ModelInput, moved, timestep_of
+from diffusers_dq.modulation import Modulation, attach_all, detach
 from diffusers_dq.statistics import Statistics
 from diffusers_dq.step_policy import StepBits
 from diffusers_dq.timesteps import Boundaries, TimestepGroups, boundary_table
@@ -87,13 +88,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def swapped(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """The model with other modules under these names, for the time being."""
-    originals = {name: model.get_submodule(name) for name in modules}
+    """The model with other modules under these names, and with these modulations, for the time being."""
+    modulations = {name: module for name, module in modules.items() if isinstance(module, Modulation)}
+    originals = {name: model.get_submodule(name) for name in modules.keys() - modulations.keys()}
     try:
-        for name, module in modules.items():
-            model.set_submodule(name, module)
+        for name in originals:
+            model.set_submodule(name, modules[name])
+        attach_all(model, modulations)
         yield
     finally:
+        for name in modulations:
+            detach(model.get_submodule(name.rpartition(".")[0]))
         for name, module in originals.items():
             model.set_submodule(name, module)
 
@@ -137,7 +142,7 @@ def units_of(model: nn.Module, linears: Sequence[str], unit: str, apart: Collect
     A block is a member of an outermost nn.ModuleList. A linear outside of all blocks, or among `apart`, is a unit of
     its own; those apart come first, for what they put out is the same whatever other units do.
     """
-    blocks = [] if unit == "layer" else [f"{name}." for name in _blocks(model)]
+    blocks = [] if unit == "layer" else [f"{name}." for name in blocks_of(model)]
     units: dict[str, list[str]] = {}
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     for name in sorted(linears, key=lambda name: (name not in apart, order[name])):
@@ -148,9 +153,10 @@ def units_of(model: nn.Module, linears: Sequence[str], unit: str, apart: Collect
     return units
 
 
-def _blocks(module: nn.Module, prefix: str = "") -> Iterator[str]:
+def blocks_of(module: nn.Module, prefix: str = "") -> Iterator[str]:
+    """Names of the members of the outermost module lists."""
     for name, child in module.named_children():
         if isinstance(child, nn.ModuleList):
             yield from (f"{prefix}{name}.{i}" for i in range(len(child)))
         else:
-            yield from _blocks(child, f"{prefix}{name}.")
+            yield from blocks_of(child, f"{prefix}{name}.")

@@ -17,12 +17,12 @@ def inject_outliers(model: nn.Module, *, channels: int = 4, factor: float = 40.0
     """Multiply `channels` random channels of each modulated norm's output by `factor`, in place; divide the columns
     that read them: the function stays the same, up to the rounding of the model's dtype.
 
-    Raises ValueError for an architecture whose spec knows no modulated norm.
+    Raises ValueError for an architecture whose spec knows no norm that a linear of its own modulates.
     """
     generator = torch.Generator().manual_seed(seed)
     found = False
     for group in spec_of(model).groups:
-        if not isinstance(group.producer, ModulatedNorm):
+        if not isinstance(group.producer, ModulatedNorm) or not isinstance(group.producer.source, str):
             continue
         found = True
         linears = [_linear(model, name) for name in group.linears]
@@ -32,11 +32,14 @@ def inject_outliers(model: nn.Module, *, channels: int = 4, factor: float = 40.0
         for linear in linears:
             linear.weight.mul_(scale)
         for update in group.producer.updates(Chain((Scale(scale),)), width):
-            modulation, rows = _linear(model, update.linear), slice(update.start, update.stop)
+            modulation, rows = _linear(model, group.producer.source), slice(update.start, update.stop)
             modulation.weight[rows] *= update.multiplier[:, None]
             modulation.bias[rows] = modulation.bias[rows] * update.multiplier + update.offset[0]
     if not found:
-        raise ValueError(f"{type(model).__name__} has no modulated norm that a spec knows of: nowhere to put outliers")
+        raise ValueError(
+            f"{type(model).__name__} has no norm that a linear of its own modulates, as far as a spec knows: there"
+            " is no place for outliers"
+        )
 
 
 def _linear(model: nn.Module, name: str) -> nn.Linear:

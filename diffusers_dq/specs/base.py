@@ -3,6 +3,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from torch import Tensor, nn
 
@@ -11,13 +12,30 @@ from diffusers_dq.transforms import Chain, Scale, Shift
 
 
 @dataclass(frozen=True)
+class ModulationArgument:
+    """The modulation that a block is called with, made once for all blocks (adaLN-single and its like).
+
+    block: module name.   argument: of the block's forward, [..., n C], or [..., n, C] for `chunks` n.
+    table: the block's own parameter of n C values that it adds to the argument; None where it adds none.
+    """
+
+    block: str
+    argument: str
+    chunks: int
+    table: str | None = None
+
+
+Source: TypeAlias = "str | ModulationArgument"  # a linear by its name, or what a block is called with
+
+
+@dataclass(frozen=True)
 class RowUpdate:
-    """Rows [start, stop) of a linear's output become `multiplier y + offset_g`.
+    """Entries [start, stop) of what the source emits become `multiplier y + offset_g`.
 
     multiplier: [stop - start];   offset: [G, stop - start].
     """
 
-    linear: str
+    source: Source
     start: int
     stop: int
     multiplier: Tensor
@@ -26,13 +44,12 @@ class RowUpdate:
 
 @dataclass(frozen=True)
 class Producer:
-    """The linear whose output, by way of operations that keep channels apart, is the group's input."""
+    """What puts out the group's input, by way of operations that keep channels apart: a linear, or a modulation."""
 
-    linear: str
-    carries: tuple[type, ...] = (Shift, Scale)
+    source: Source
 
     def can_carry(self, chain: Chain) -> bool:
-        return all(isinstance(transform, self.carries) for transform in chain.transforms)
+        return all(isinstance(transform, Shift | Scale) for transform in chain.transforms)
 
     def updates(self, chain: Chain, channels: int) -> list[RowUpdate]:
         """What makes the producer emit u = T_g(x) instead of x."""
@@ -41,22 +58,32 @@ class Producer:
 
 @dataclass(frozen=True)
 class ModulatedNorm(Producer):
-    """x = LN(h) (1 + scale) + shift, with shift and scale two chunks of `linear`'s output, K rows each.
+    """x = N(h) (1 + scale) + shift, with shift and scale two chunks of the source's output, K entries each.
 
-    u = m x + a_g = LN(h) (1 + scale') + shift' with scale' = m scale + (m - 1) and shift' = m shift + a_g, so the
-    block's own `1 + scale` stays as it is (methods.md 0.1a; HTG Eq. 11 keeps 1/s as an extra vector instead).
+    chunks: (shift, scale) by number; None where the block has no such part. Several pairs where a group reads what
+        several norms put out one after the other.
+    u = m x + a_g = N(h) (1 + scale') + shift' with scale' = m scale + (m - 1) and shift' = m shift + a_g, so the
+    block's own `1 + scale` stays as it is (methods.md 0.1a; HTG Eq. 11 keeps 1/s as an extra vector instead). N may
+    have weights of its own.
     """
 
-    shift_chunk: int = 0
-    scale_chunk: int = 1
+    chunks: tuple[tuple[int | None, int | None], ...] = ((0, 1),)
+
+    def can_carry(self, chain: Chain) -> bool:
+        """Without a shift only scales, without a scale only shifts."""
+        multiplies, adds = (any(isinstance(t, kind) for t in chain.transforms) for kind in (Scale, Shift))
+        lacks_shift, lacks_scale = (any(pair[i] is None for pair in self.chunks) for i in (0, 1))
+        return super().can_carry(chain) and not (adds and lacks_shift) and not (multiplies and lacks_scale)
 
     def updates(self, chain: Chain, channels: int) -> list[RowUpdate]:
         multiplier, offset = chain.as_affine(channels)
-        shift, scale = self.shift_chunk * channels, self.scale_chunk * channels
-        return [
-            RowUpdate(self.linear, shift, shift + channels, multiplier, offset),
-            RowUpdate(self.linear, scale, scale + channels, multiplier, (multiplier - 1)[None]),
-        ]
+        found = []
+        for shift, scale in self.chunks:
+            for chunk, change in ((shift, offset), (scale, (multiplier - 1)[None])):
+                if chunk is not None:
+                    start = chunk * channels
+                    found.append(RowUpdate(self.source, start, start + channels, multiplier, change))
+        return found
 
 
 @dataclass(frozen=True)
@@ -68,7 +95,7 @@ class ValueProjection(Producer):
 
     def updates(self, chain: Chain, channels: int) -> list[RowUpdate]:
         multiplier, offset = chain.as_affine(channels)
-        return [RowUpdate(self.linear, 0, channels, multiplier, offset)]
+        return [RowUpdate(self.source, 0, channels, multiplier, offset)]
 
 
 @dataclass(frozen=True)
@@ -98,6 +125,26 @@ class AttentionSite:
         return f"{self.query}:output", f"{self.key}:output", f"{self.value}:output", f"{self.module}:probabilities"
 
 
+@dataclass(frozen=True)
+class TimestepRange:
+    """How the model is told the step. argument: of its forward.
+
+    noisiest, cleanest: what pipelines pass at the two ends of a schedule, in the model's own units; where noise grows
+        with the number (most) noisiest > cleanest.
+    per_token: whether some pipelines pass one a frame or token (image to video): then the noisiest decides.
+    """
+
+    argument: str = "timestep"
+    noisiest: float = 1000
+    cleanest: float = 0
+    per_token: bool = False
+
+    @property
+    def descending(self) -> bool:
+        """Whether denoising goes from larger to smaller numbers."""
+        return self.noisiest > self.cleanest
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     """What an architecture looks like to a quantizer.
@@ -105,6 +152,7 @@ class ModelSpec:
     groups: every linear that may be quantized is in one of them.   attention: empty where QK^T and AV cannot be.
     not_converted: parts of module names that stay in full precision unless the user says otherwise.
     weight_only: linears that run once a step on a batch of vectors: their input is never rounded.
+    timestep: how the model is told the step; None where nothing is known.
     duplicates: (copy, original) modules that checkpoints of this architecture store many times with the same content.
     """
 
@@ -113,10 +161,13 @@ class ModelSpec:
     not_converted: tuple[str, ...] = ()
     weight_only: frozenset[str] = frozenset()
     duplicates: tuple[tuple[str, str], ...] = ()
+    timestep: TimestepRange | None = None
 
     @property
     def producers(self) -> set[str]:
-        return {group.producer.linear for group in self.groups if group.producer}
+        """Linears that may put out something else than before, because what reads it is changed to suit."""
+        sources = (group.producer.source for group in self.groups if group.producer)
+        return {source for source in sources if isinstance(source, str)}
 
 
 SPECS: Registry[Callable[[nn.Module], ModelSpec]] = Registry("model spec")

@@ -7,7 +7,15 @@
 
 from torch import nn
 
-from diffusers_dq.specs.base import SPECS, AttentionSite, LinearGroup, ModelSpec, ModulatedNorm, ValueProjection
+from diffusers_dq.specs.base import (
+    SPECS,
+    AttentionSite,
+    LinearGroup,
+    ModelSpec,
+    ModulatedNorm,
+    TimestepRange,
+    ValueProjection,
+)
 
 
 @SPECS.register("DiTTransformer2DModel")
@@ -20,6 +28,7 @@ def dit(model: nn.Module) -> ModelSpec:
         ),
         not_converted=("norm1.emb", "proj_out_1", "proj_out_2"),
         weight_only=frozenset(f"{block}.norm1.linear" for block in blocks),
+        timestep=TimestepRange(noisiest=999),
         duplicates=tuple((f"{block}.norm1.emb", f"{blocks[0]}.norm1.emb") for block in blocks[1:]),
     )
 
@@ -29,8 +38,8 @@ def _block_groups(block: str) -> list[LinearGroup]:
     query, key, value = (f"{block}.attn1.to_{letter}" for letter in "qkv")
     return [
         LinearGroup((modulation,)),
-        LinearGroup((query, key, value), ModulatedNorm(modulation, shift_chunk=0, scale_chunk=1)),
+        LinearGroup((query, key, value), ModulatedNorm(modulation, chunks=((0, 1),))),
         LinearGroup((f"{block}.attn1.to_out.0",), ValueProjection(value)),
-        LinearGroup((f"{block}.ff.net.0.proj",), ModulatedNorm(modulation, shift_chunk=3, scale_chunk=4)),
+        LinearGroup((f"{block}.ff.net.0.proj",), ModulatedNorm(modulation, chunks=((3, 4),))),
         LinearGroup((f"{block}.ff.net.2",)),
     ]

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What diffusers and peft do to a loaded model that would be silently wrong, or half done, on a quantized one.
+
+Each is allowed where it is exact and refused with a reason where it is not. Guards are attributes of the one model, as
+accelerate's are, never of a class.
+"""
+
+import re
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffusers_dq.linear import QuantizedLinear
+
+_LAYERWISE = "_skip_layerwise_casting_patterns"  # where diffusers looks for what enable_layerwise_casting leaves alone
+_CARRIES_NOTHING = "'rtn', 'qdiffusion', 'quarot' or 'qdit'"
+_KNOWN_TUNERS = ("peft.tuners.lora.", "peft.tuners.loha.", "peft.tuners.lokr.")
+
+
+def protect(model: nn.Module, method: str) -> None:
+    """Put the guards on a model that `method` has quantized. Some hold no reference to it: it is freed as any other."""
+    for name, guard in _GUARDS.items():
+        if hasattr(type(model), name) and name not in vars(model):
+            setattr(model, name, _Guard(name, model, method))
+    quantized = [name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)]
+    kept = tuple(getattr(type(model), _LAYERWISE, None) or ())
+    setattr(model, _LAYERWISE, (*kept, *(rf"^{re.escape(name)}(\.base_layer)?$" for name in quantized)))
+    changed = [name for name in quantized if _changed(model.get_submodule(name))]
+    if changed and not any(isinstance(hook, RefuseAdapters) for hook in model._forward_pre_hooks.values()):
+        model.register_forward_pre_hook(RefuseAdapters(changed, method))
+
+
+def unprotect(model: nn.Module) -> None:
+    """Take them off again."""
+    for name, guard in list(vars(model).items()):
+        if isinstance(guard, _Guard):
+            delattr(model, name)
+    vars(model).pop(_LAYERWISE, None)
+    for key, hook in list(model._forward_pre_hooks.items()):
+        if isinstance(hook, RefuseAdapters):
+            del model._forward_pre_hooks[key]
+
+
+class RefuseAdapters:
+    """Forward pre-hook of the model: no adapter may sit where another layer has been given part of this one's
+    function. Diffusers' own loaders are stopped before; peft's can be called on any module.
+
+    Left out of compiled graphs of the whole model.
+    """
+
+    def __init__(self, names: list[str], method: str) -> None:
+        self.names = names
+        self.method = method
+        self._places: list[tuple[dict[str, Any], str]] = []
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...]) -> None:
+        if torch.compiler.is_compiling():
+            return
+        if not self._places:
+            parents = (name.rpartition(".") for name in self.names)
+            self._places = [(model.get_submodule(parent)._modules, leaf) for parent, _, leaf in parents]
+        for (siblings, leaf), name in zip(self._places, self.names, strict=True):
+            if type(siblings[leaf]) is not QuantizedLinear:
+                layer = _base(siblings[leaf])
+                if isinstance(layer, QuantizedLinear) and _changed(layer):
+                    raise ValueError(_why_changed(name, layer, self.method))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "RefuseAdapters":
+        return RefuseAdapters(self.names, self.method)
+
+    def __reduce__(self) -> tuple[type, tuple[list[str], str]]:
+        return RefuseAdapters, (self.names, self.method)
+
+
+class _Guard:
+    """One guarded method of one model."""
+
+    def __init__(self, name: str, model: nn.Module, method: str) -> None:
+        self.name = name
+        self.method = method
+        self._model = weakref.ref(model)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model = self._model()
+        if model is None:
+            raise ReferenceError(f"the model whose {self.name} this is has been freed")
+        return _GUARDS[self.name](model, getattr(type(model), self.name), self.method, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Guard":
+        model = self._model()
+        return _Guard(self.name, memo.get(id(model), model), self.method)
+
+    def __reduce__(self) -> tuple[type, tuple[str, nn.Module | None, str]]:
+        return _Guard, (self.name, self._model(), self.method)
+
+
+def _to(model: nn.Module, plain: Callable[..., Any], method: str, *args: Any, **kwargs: Any) -> Any:
+    """Casting to the dtype it has is no cast: `from_pipe` and `save_lora_adapter` do it."""
+    asked = [x for x in (*args, kwargs.get("dtype")) if isinstance(x, torch.dtype)]
+    if asked and asked[0] != model.dtype:
+        raise ValueError(
+            f"a quantized model cannot be cast: this {type(model).__name__} computes in {model.dtype}, asked for is"
+            f" {asked[0]}. Load it with torch_dtype={asked[0]}; to make another pipeline of its parts,"
+            f" from_pipe(pipe, torch_dtype={model.dtype}), which casts to float32 unless told otherwise"
+        )
+    kwargs.pop("dtype", None)
+    args = tuple(x for x in args if x is not None and not isinstance(x, torch.dtype))
+    return plain(model, *args, **kwargs)
+
+
+def _fuse_qkv(model: nn.Module, plain: Callable[..., Any], method: str, *args: Any, **kwargs: Any) -> Any:
+    raise ValueError(
+        f"fuse_qkv_projections joins weights without their scales, which would ruin this quantized"
+        f" {type(model).__name__}. It has nothing to gain either: linears that read one input round it once"
+    )
+
+
+def _fuse_lora(model: nn.Module, plain: Callable[..., Any], method: str, *args: Any, **kwargs: Any) -> Any:
+    name = next((name for name, _, layer in _adapted(model) if isinstance(layer, QuantizedLinear)), None)
+    if name is not None:
+        raise ValueError(
+            f"fuse_lora cannot add an adapter to the rounded weight of {name}. Leave the adapter loaded beside it, or"
+            " fuse it into the full-precision model (pipe.fuse_lora(), pipe.unload_lora_weights()) and quantize that"
+        )
+    return plain(model, *args, **kwargs)
+
+
+def _add_adapter(model: nn.Module, plain: Callable[..., Any], method: str, *args: Any, **kwargs: Any) -> Any:
+    """Raises ValueError where an adapter would be wrong, with the model as it was before."""
+    adapters = set(getattr(model, "peft_config", {}))
+    wrapped = {name for name, _, _ in _adapted(model)}
+    try:
+        result = plain(model, *args, **kwargs)
+        for name, wrapper, layer in _adapted(model):
+            if isinstance(layer, QuantizedLinear):
+                _check(name, wrapper, layer, method)
+    except Exception:
+        _remove_adapters(model, adapters, wrapped)
+        raise
+    return result
+
+
+def _check(name: str, wrapper: nn.Module, layer: QuantizedLinear, method: str) -> None:
+    if _changed(layer):
+        raise ValueError(_why_changed(name, layer, method))
+    variants = getattr(wrapper, "lora_variant", None)
+    if variants or not type(wrapper).__module__.startswith(_KNOWN_TUNERS):
+        kind = type(next(iter(variants.values()))) if variants else type(wrapper)
+        raise ValueError(
+            f"the adapter on {name} is a {kind.__module__}.{kind.__qualname__}, which computes with the weight of the"
+            " layer; a quantized one has only integers to show. LoRA without DoRA, LoHa and LoKr work; fuse others"
+            " into the full-precision model and quantize that"
+        )
+
+
+def _remove_adapters(model: Any, adapters: set[str], wrapped: set[str]) -> None:
+    """All but these, and the wrappers of layers other than these."""
+    for name, _, layer in list(_adapted(model)):
+        if name not in wrapped:
+            model.set_submodule(name, layer)
+    for adapter in set(getattr(model, "peft_config", {})) - adapters:
+        model.delete_adapters(adapter)
+    if not getattr(model, "peft_config", True):
+        del model.peft_config
+        model._hf_peft_config_loaded = False
+
+
+def _adapted(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+    """Name, wrapper and what is inside, of each module that peft has put something around."""
+    for name, module in model.named_modules():
+        layer = _base(module)
+        if layer is not module and not name.endswith(".base_layer"):
+            yield name, module, layer
+
+
+def _base(module: nn.Module) -> nn.Module:
+    while (inner := module._modules.get("base_layer")) is not None:
+        module = inner
+    return module
+
+
+def _changed(layer: Any) -> bool:
+    """Whether it reads or puts out something else than the linear it was made of."""
+    return layer.layout.input_carried or layer.layout.carries
+
+
+def _why_changed(name: str, layer: QuantizedLinear, method: str) -> str:
+    what = "reads an input that another layer has transformed" if layer.layout.input_carried else "puts out values"
+    rest = "" if layer.layout.input_carried else " that are transformed for the layer after it"
+    return (
+        f"method {method!r} has folded transforms into this model: {name} {what}{rest}, and an adapter trained on the"
+        " original would be wrong there. Fuse the adapter into the full-precision model (pipe.fuse_lora(),"
+        f" pipe.unload_lora_weights()) and quantize that, or quantize with a method that folds nothing:"
+        f" {_CARRIES_NOTHING}"
+    )
+
+
+_GUARDS: dict[str, Callable[..., Any]] = {
+    "to": _to,
+    "fuse_qkv_projections": _fuse_qkv,
+    "fuse_lora": _fuse_lora,
+    "load_lora_adapter": _add_adapter,
+    "add_adapter": _add_adapter,
+}
