@@ -83,10 +83,11 @@ class Conversion:
         return partitions.index(plan.boundaries), self.groups, self.dtype, 1 + max(map(len, partitions))
 
     def modulations_of(self, unit: str) -> dict[str, Modulation]:
-        """Those of the blocks in a unit, or of all blocks for ""."""
+        """Those of the blocks in a unit, or of the block that it is in; of all blocks for ""."""
         found = {}
         for argument, plan in self.plan.modulations.items():
-            if not unit or f"{argument.block}.".startswith(f"{unit}."):
+            block = f"{argument.block}."
+            if not unit or block.startswith(f"{unit}.") or f"{unit}.".startswith(block):
                 modulation = build_modulation(self.model, argument, plan, *self._switching(plan))
                 found[f"{argument.block}.{modulation.layout.leaf}"] = modulation
         return found

@@ -86,11 +86,12 @@ class Modulation(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """Moves follow the module, casts do not reach the tables."""
-        dtype = self.multiplier.dtype
+        tables = dict(multiplier=self.multiplier, offset=self.offset)
         super()._apply(fn, recurse)
-        for name, tensor in (("multiplier", self.multiplier), ("offset", self.offset)):
-            if tensor.dtype != dtype:
-                setattr(self, name, getattr(self, name).to(dtype))
+        for name, tensor in tables.items():
+            moved = getattr(self, name)
+            if moved.dtype != tensor.dtype:
+                setattr(self, name, tensor.to(moved.device))
         return self
 
 

@@ -60,7 +60,7 @@ class Reconstructor:
         checkpoint: str | os.PathLike[str] | None = None,
         seed: int = 0,
     ) -> None:
-        """modulations_of: a unit's, which go with its layers.
+        """modulations_of: those that go with a unit's layers, of blocks in it or of the block that it is in.
         identity: JSON-able, by which a checkpoint is known to be of this run.
         """
         self.model, self.plan, self.build, self.replay, self.settings = model, plan, build, replay, settings
@@ -97,12 +97,13 @@ class Reconstructor:
         return self.build(name, linear, plan)
 
     def _learn(self, unit: str, names: Sequence[str], layers: Mapping[str, nn.Module], bar: Any) -> None:
+        modulations = self.modulations_of(unit)
+        around = {name: m for name, m in modulations.items() if unit.startswith(f"{name.rpartition('.')[0]}.")}
         exact = self._passages(unit, {})
-        quantized = self._passages(unit, layers)
+        quantized = self._passages(unit, {**layers, **around})
         passages = [replace(q, output=self._wanted(unit, e)) for q, e in zip(quantized, exact, strict=True)]
         soft = {name: self._soft(name) for name in names}
         nearest = {name: layer.layer for name, layer in soft.items()}
-        modulations = self.modulations_of(unit)
         with swapped(self.model, {**nearest, **modulations}):
             before = self._error(unit, passages)
         with swapped(self.model, {**soft, **modulations}):

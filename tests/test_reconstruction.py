@@ -121,7 +121,13 @@ def test_a_linear_learns_what_others_ask_it_to_emit(dit_folder, dit_statistics):
     config = dq.DQConfig("htg", groups=2, rounding="adaround", weight_bits=4, reconstruction=dict(unit="layer"))
     conversion = Conversion(model, config, dit_statistics, torch.float32)
     reconstructor = Reconstructor(
-        model, conversion.plan, conversion._built, conversion._replay(), config.reconstruction_settings(), identity={}
+        model,
+        conversion.plan,
+        conversion._built,
+        conversion.modulations_of,
+        conversion._replay(),
+        config.reconstruction_settings(),
+        identity={},
     )
     for unit in ("transformer_blocks.0.norm1.linear", "transformer_blocks.1.attn1.to_v"):
         plan = replace(conversion.plan.linears[unit], weight_scheme=None, scheme=None, online=True, input_range=None)
