@@ -21,8 +21,8 @@ _KNOWN_TUNERS = ("peft.tuners.lora.", "peft.tuners.loha.", "peft.tuners.lokr.")
 
 
 def protect(model: nn.Module, method: str) -> None:
-    """Put the guards on a model that `method` has quantized. Some hold no reference to it: it is freed as any other."""
-    for name, guard in _GUARDS.items():
+    """Put the guards on a model that `method` has quantized. They keep none alive: it is freed as any other."""
+    for name in _GUARDS:
         if hasattr(type(model), name) and name not in vars(model):
             setattr(model, name, _Guard(name, model, method))
     quantized = [name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)]
@@ -108,7 +108,7 @@ def _to(model: nn.Module, plain: Callable[..., Any], method: str, *args: Any, **
         )
     kwargs.pop("dtype", None)
     args = tuple(x for x in args if x is not None and not isinstance(x, torch.dtype))
-    return plain(model, *args, **kwargs)
+    return plain(model, *args, **kwargs) if args or kwargs else model
 
 
 def _fuse_qkv(model: nn.Module, plain: Callable[..., Any], method: str, *args: Any, **kwargs: Any) -> Any:

@@ -201,7 +201,8 @@ class QuantizedLinear(nn.Linear):
 
         def buffer(name: str, shape: tuple[int, ...] | None, dtype: torch.dtype = table, keep: bool = True) -> None:
             tensor = None if shape is None else torch.zeros(shape, dtype=dtype, device=device)
-            self.register_buffer(name, tensor, persistent=keep)
+            # accelerate's sequential offloading (1.15) takes every non-persistent buffer for a tensor
+            self.register_buffer(name, tensor, persistent=keep or tensor is None)
 
         n, k = out_features, in_features
         buffer("bias_groups", (layout.bias_groups, n) if layout.bias_groups else None)

@@ -120,10 +120,11 @@ def kept_in_full_precision(model: nn.Module, spec: ModelSpec, config: DQConfig) 
     known = [linear for group in spec.groups for linear in group.linears]
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     skips = spec.not_converted if config.modules_to_not_convert is None else config.modules_to_not_convert
+    alone = set(linears) if config.modules_to_not_convert is None else set()
     _check_matches(linears, config)
     kept = {}
     for name in linears:
-        skip = next((skip for skip in skips if skip in name), None)
+        skip = next((skip for skip in skips if skip == name or (skip in name and skip not in alone)), None)
         bits = config.bits_of(name)
         if skip is not None:
             whose = "the architecture's" if config.modules_to_not_convert is None else "your"

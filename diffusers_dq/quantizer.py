@@ -78,9 +78,7 @@ class DQQuantizer(DiffusersQuantizer):
 
     def _process_model_before_weight_loading(self, model: ModelMixin, **kwargs: Any) -> None:
         config = self.quantization_config
-        if not getattr(
-            model, "_no_split_modules", None
-        ):  # device_map="auto" needs to know, and many classes do not say
+        if not getattr(model, "_no_split_modules", None):  # device_map="auto" asks, and many classes do not say
             model._no_split_modules = installation.repeated_blocks(model)
         if self.description is not None:
             installation.install_skeleton(model, self.description)
@@ -243,8 +241,8 @@ class DQQuantizer(DiffusersQuantizer):
         adapted = next((key for key in state_dict if ".base_layer." in key), None)
         if adapted is not None:
             raise ValueError(
-                f"an adapter is loaded ({adapted}), and a quantized model is saved without: save the adapter on its own"
-                " (save_lora_weights of the pipeline, save_lora_adapter of the transformer), unload it"
+                f"an adapter is loaded ({adapted}), and a quantized model is saved without: save the adapter on its"
+                " own (save_lora_weights of the pipeline, save_lora_adapter of the transformer), unload it"
                 " (unload_lora_weights, unload_lora), then save the model"
             )
         kept = {key: value for key, value in state_dict.items() if not self._is_tied_copy(key)}

@@ -14,13 +14,14 @@ import diffusers_dq_kernels as ops
 from diffusers_dq.attention import QuantizedAttnProcessor
 from diffusers_dq.denoise import denoiser
 from diffusers_dq.linear import LinearLayout, QuantizedLinear
+from diffusers_dq.modulation import Modulation
 
 
 @dataclass(frozen=True)
 class LinearReport:
-    """One linear, or the two products of a quantized attention.
+    """One linear, the two products of a quantized attention, or the change of a modulation that a block is given.
 
-    bits: as W4A8.   granularity: of the activation scale.   groups: rows of its largest table a timestep group.
+    bits: as W4A8; "-" of a modulation.   granularity: of the activation scale.   groups: rows of its largest table a timestep group.
     nbytes: of all its tensors in the file.   backend: the kernel that runs it on the device it is on.
     reason: why it is in full precision, takes a slow path or is transformed online; "" if nothing is to say.
     """
@@ -43,7 +44,7 @@ class QuantizationReport:
 
     @property
     def quantized(self) -> tuple[LinearReport, ...]:
-        return tuple(row for row in self.linears if row.bits != "full")
+        return tuple(row for row in self.linears if row.bits not in ("full", "-"))
 
     @property
     def kept(self) -> dict[str, str]:
@@ -64,7 +65,8 @@ class QuantizationReport:
         lines = [
             "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in (header, *rows)
         ]
-        counted = f"{len(self.quantized)} of {len(self.linears)} linears quantized"
+        linears = [row for row in self.linears if row.bits != "-"]
+        counted = f"{len(self.quantized)} of {len(linears)} linears quantized"
         return "\n".join([*lines, f"{self.method}: {counted}, {self.nbytes:,} bytes in all"])
 
 
@@ -97,6 +99,10 @@ def _rows(model: nn.Module, notes: dict[str, str]) -> Iterator[LinearReport]:
             yield _attention_row(name, module, processor)
         elif isinstance(module, QuantizedLinear):
             yield _quantized_row(name, module, notes.get(name, ""))
+        elif isinstance(module, Modulation):
+            nbytes = sum(table.nbytes for table in (module.multiplier, module.offset))
+            why = "carries what the block's norms are to put out for its linears"
+            yield LinearReport(name, "-", "modulation", len(module.offset), nbytes, "torch", why)
         elif isinstance(module, nn.Linear):
             nbytes = sum(p.nbytes for p in module.parameters())
             yield LinearReport(name, "full", "", 0, nbytes, "torch", notes.get(name, "the model is not quantized"))

@@ -88,6 +88,9 @@ def test_each_block_of_pixart_gets_one_that_switches_with_the_timestep(statistic
     pipe = tiny_pixart_pipeline()
     report = dq.quantize(pipe, dq.DQConfig(**STATIC), statistics=statistics, progress=False)
     assert [m.layout.offset_groups for m in modulations(pipe.transformer)] == [3, 3]
+    rows = [row for row in report.linears if row.bits == "-"]
+    assert [row.groups for row in rows] == [3, 3] and all(row.nbytes == 4 * 4 * 6 * 32 for row in rows)
+    assert not set(rows) & set(report.quantized) and not set(report.kept) & {row.name for row in rows}
     norm_readers = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "ff.net.0.proj")
     for row in report.linears:
         if row.name.endswith(norm_readers):

@@ -316,7 +316,7 @@ def test_config_json_says_what_was_done(saved):
     expected = {"quant_method": "diffusers_dq", "method": "htg", "weight_bits": 4, "groups": 3, "format_version": 1}
     assert expected.items() <= config.items()
     layout = {"weight_bits": 4, "activation_bits": 8, "input_rounding": "static"}
-    layout |= {"bias_groups": 3, "range_groups": 1, "partition": 1}
+    layout |= {"bias_groups": 3, "range_groups": 1, "partition": 1, "input_carried": True}
     assert config["result"]["linears"][LINEAR] == layout
 
 

@@ -150,7 +150,8 @@ class ModelSpec:
     """What an architecture looks like to a quantizer.
 
     groups: every linear that may be quantized is in one of them.   attention: empty where QK^T and AV cannot be.
-    not_converted: parts of module names that stay in full precision unless the user says otherwise.
+    not_converted: parts of names of linears that stay in full precision unless the user says otherwise; a part that is
+        a linear's whole name means that linear alone (Flux: `proj_out`, but not `single_transformer_blocks.0.proj_out`).
     weight_only: linears that run once a step on a batch of vectors: their input is never rounded.
     timestep: how the model is told the step; None where nothing is known.
     duplicates: (copy, original) modules that checkpoints of this architecture store many times with the same content.
