@@ -14,6 +14,7 @@ from diffusers_dq.quantizer import register
 from diffusers_dq.report import LinearReport, QuantizationReport, inspect
 from diffusers_dq.search import allocate_bits, search_bits, search_group_sizes
 from diffusers_dq.statistics import Statistics
+from diffusers_dq.text_cache import TextCache, cache_text
 
 __version__ = "0.1.0"
 
@@ -24,7 +25,9 @@ __all__ = [
     "PTQDScheduler",
     "QuantizationReport",
     "Statistics",
+    "TextCache",
     "allocate_bits",
+    "cache_text",
     "calibrate",
     "compare",
     "inspect",

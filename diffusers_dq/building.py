@@ -150,11 +150,13 @@ def build_modulation(
     block = model.get_submodule(of.block)
     table = None if of.table is None else getattr(block, of.table).detach()
     if table is not None:
-        offset += (multiplier - 1) * table.reshape(-1).to(offset)
+        offset += (multiplier - 1) * table.reshape(-1)[:channels].to(offset)
     if bool((offset == offset[:1]).all()):
         offset = offset[:1]
     offset = _lengthened(offset, rows)
-    layout = ModulationLayout(argument=of.argument, channels=channels, offset_groups=len(offset), partition=partition)
+    layout = ModulationLayout(
+        argument=of.argument, channels=channels, offset_groups=len(offset), partition=partition, axis=of.axis
+    )
     device = next(block.parameters()).device
     modulation = Modulation(layout, groups, device=device, dtype=dtype)
     modulation.multiplier.copy_(multiplier)

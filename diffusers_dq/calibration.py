@@ -37,6 +37,7 @@ def calibrate(
     samples: int = 32,
     progress: bool = True,
     checkpoint: str | os.PathLike[str] | None = None,
+    component: str | None = None,
 ) -> Statistics:
     """Run the pipeline on `calls` and return per-step statistics of its transformer's activations.
 
@@ -49,6 +50,7 @@ def calibrate(
         (latents, embeddings), for reconstruction, searches and noise correction.
     checkpoint: a file written after each call. The same function call again resumes behind the last whole call there;
         it raises ValueError when the file belongs to another run.
+    component: "transformer" or "transformer_2" of a pipeline that has both (Wan 2.2), of which one is calibrated.
 
     Memory: for each activation of K channels, 24 S K bytes of RAM (fp32 minimum and maximum, 8 tokens in bf16), and as
     much again while the result, or a checkpoint, is put together: 0.87 GB and 1.7 GB for DiT-XL/2 at 100 steps. It
@@ -69,7 +71,7 @@ def calibrate(
         check_writable(checkpoint)
     if num_inference_steps < 1:
         raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
-    transformer = denoiser(pipe)
+    transformer = denoiser(pipe, component)
     if getattr(transformer, "is_quantized", False):
         raise ValueError("the transformer is quantized already; calibrate the full-precision model")
     kept = places(samples, len(calls), num_inference_steps)

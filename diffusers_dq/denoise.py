@@ -16,21 +16,27 @@ Call = Mapping[str, Any]
 _TIMESTEP_NAMES = ("timestep", "timesteps", "t")
 
 
-def denoiser(pipe_or_model: Any) -> ModelMixin:
+DENOISERS = "transformer", "transformer_2"
+
+
+def denoiser(pipe_or_model: Any, component: str | None = None) -> ModelMixin:
     """The transformer that denoises, without a wrapper of torch.compile.
 
-    Raises ValueError where there is none, or where a pipeline has two (Wan 2.2), which need statistics of their own.
+    component: which of a pipeline that has two, "transformer" or "transformer_2" (Wan 2.2: noisy and clean steps).
+    Raises ValueError where there is none, or where there are two and none is chosen.
     """
     pipe_or_model = getattr(pipe_or_model, "_orig_mod", pipe_or_model)
     if isinstance(pipe_or_model, DiffusionPipeline):
-        transformer = getattr(pipe_or_model, "transformer", None)
-        transformer = getattr(transformer, "_orig_mod", transformer)
-        if getattr(pipe_or_model, "transformer_2", None) is not None:
+        there = [name for name in DENOISERS if getattr(pipe_or_model, name, None) is not None]
+        if component is None and len(there) > 1:
             raise ValueError(
-                f"{type(pipe_or_model).__name__} has two denoisers, transformer and transformer_2; calibrating both is"
-                " not supported yet. Quantize each alone with a method that needs no statistics:"
-                " dq.quantize(pipe.transformer, dq.DQConfig('rtn')), then pipe.transformer_2"
+                f"{type(pipe_or_model).__name__} has two denoisers, each with steps and statistics of its own: say"
+                " component='transformer' or component='transformer_2', and do the same for the other"
             )
+        if component is not None and component not in there:
+            raise ValueError(f"component {component!r} of {type(pipe_or_model).__name__} is none of {there}")
+        transformer = getattr(pipe_or_model, component or "transformer", None)
+        transformer = getattr(transformer, "_orig_mod", transformer)
         if not isinstance(transformer, nn.Module):
             parts = ", ".join(sorted(pipe_or_model.components))
             raise ValueError(
@@ -38,6 +44,8 @@ def denoiser(pipe_or_model: Any) -> ModelMixin:
                 " diffusion transformers"
             )
         return transformer
+    if component is not None:
+        raise ValueError(f"component is of a pipeline, got a {type(pipe_or_model).__name__} and {component!r}")
     if isinstance(pipe_or_model, ModelMixin):
         TimestepArgument.of(pipe_or_model)
         return pipe_or_model

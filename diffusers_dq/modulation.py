@@ -21,12 +21,13 @@ from diffusers_dq.timesteps import TimestepGroups
 @dataclass(frozen=True, kw_only=True)
 class ModulationLayout:
     """argument: of the block's forward.   channels: R, of all its chunks.   offset_groups: rows of the offsets.
-    partition: which entry of TimestepGroups.index applies."""
+    partition: which entry of TimestepGroups.index applies.   axis: of the chunks, where they have one of their own."""
 
     argument: str
     channels: int
     offset_groups: int
     partition: int = 0
+    axis: int = -2
 
     def __post_init__(self) -> None:
         if not isinstance(self.argument, str) or not self.argument.isidentifier():
@@ -34,6 +35,8 @@ class ModulationLayout:
         for name, least in (("channels", 1), ("offset_groups", 1), ("partition", 0)):
             if type(getattr(self, name)) is not int or getattr(self, name) < least:
                 raise ValueError(f"a modulation's {name} must be at least {least}, got {getattr(self, name)!r}")
+        if type(self.axis) is not int:
+            raise ValueError(f"a modulation's axis must be an integer, got {self.axis!r}")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -45,7 +48,7 @@ class ModulationLayout:
 
 
 class Modulation(nn.Module):
-    """y -> multiplier y + offset_g, of the modulation y [..., R] or [..., n, C] with n C = R.
+    """y -> multiplier y + offset_g, of the modulation y [..., R] or [..., n, C] with n C = R, n at the layout's axis.
 
     multiplier: [R], offset: [G, R], buffers, fp32 whatever the model is cast to (fp64 for an fp64 model).
     """
@@ -72,9 +75,15 @@ class Modulation(nn.Module):
         self.register_buffer("partition", torch.tensor([layout.partition], device=place), persistent=False)
 
     def forward(self, y: Tensor) -> Tensor:
-        flat = y if y.shape[-1] == self.layout.channels else y.flatten(-2)
-        changed = torch.addcmul(self._row(), flat.to(torch.promote_types(y.dtype, torch.float32)), self.multiplier)
-        return changed.to(y.dtype).view_as(y)
+        if y.shape[-1] == self.layout.channels:
+            return self._changed(y)
+        chunked = y.movedim(self.layout.axis, -2)
+        return self._changed(chunked.flatten(-2)).view_as(chunked).movedim(-2, self.layout.axis)
+
+    def _changed(self, y: Tensor) -> Tensor:
+        """y: [..., R]."""
+        wide = y.to(torch.promote_types(y.dtype, torch.float32))
+        return torch.addcmul(self._row(), wide, self.multiplier).to(y.dtype)
 
     def _row(self) -> Tensor:
         """[1, R], of the current timestep group. Traced, it does not depend on which: blocks share a graph."""

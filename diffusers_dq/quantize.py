@@ -27,6 +27,7 @@ def quantize(
     seed: int = 0,
     progress: bool = True,
     checkpoint: str | os.PathLike[str] | None = None,
+    component: str | None = None,
 ) -> QuantizationReport:
     """Quantize the transformer of a pipeline, or a transformer, in place; report what each linear became.
 
@@ -36,11 +37,12 @@ def quantize(
         model. With `calls` and `num_inference_steps` (as `dq.calibrate` takes them) it calibrates first.
 
     checkpoint: of rounding="adaround", written after each unit: the same call again resumes there.
+    component: "transformer" or "transformer_2" of a pipeline that has both (Wan 2.2), of which one is quantized.
 
     It finishes or leaves the model as it was. Raises ValueError where the method needs statistics and has none, or
     they are of another model; where the model is quantized already; where a skip string or override matches no linear.
     """
-    model = denoiser(pipe_or_transformer)
+    model = denoiser(pipe_or_transformer, component)
     if isinstance(config, str | os.PathLike):
         config = DQConfig.from_json_file(config)
     if not isinstance(config, DQConfig | None):
@@ -59,7 +61,7 @@ def quantize(
     if config.result is not None:
         config = config.copy(result=None)  # taken from a quantized model: do the same again
     if calls is not None:
-        statistics = _calibrate_first(pipe_or_transformer, calls, num_inference_steps, seed, progress)
+        statistics = _calibrate_first(pipe_or_transformer, calls, num_inference_steps, seed, progress, component)
     statistics = statistics if statistics is not None else config.statistics
     if statistics is None and prepared is not None:
         statistics = prepared.statistics
@@ -72,10 +74,17 @@ def quantize(
 
 
 def _calibrate_first(
-    pipe: Any, calls: Sequence[Call], num_inference_steps: int | None, seed: int, progress: bool
+    pipe: Any,
+    calls: Sequence[Call],
+    num_inference_steps: int | None,
+    seed: int,
+    progress: bool,
+    component: str | None,
 ) -> Statistics:
     if not isinstance(pipe, DiffusionPipeline):
         raise ValueError("calls are calls of a pipeline; give quantize the pipeline, not its transformer alone")
     if num_inference_steps is None:
         raise ValueError("calls need num_inference_steps, the denoising steps of each call")
-    return calibrate(pipe, calls, num_inference_steps=num_inference_steps, seed=seed, progress=progress)
+    return calibrate(
+        pipe, calls, num_inference_steps=num_inference_steps, seed=seed, progress=progress, component=component
+    )

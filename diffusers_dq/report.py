@@ -21,7 +21,8 @@ from diffusers_dq.modulation import Modulation
 class LinearReport:
     """One linear, the two products of a quantized attention, or the change of a modulation that a block is given.
 
-    bits: as W4A8; "-" of a modulation.   granularity: of the activation scale.   groups: rows of its largest table a timestep group.
+    bits: as W4A8; "-" of a modulation.   granularity: of the activation scale.
+    groups: rows of its largest table a timestep group.
     nbytes: of all its tensors in the file.   backend: the kernel that runs it on the device it is on.
     reason: why it is in full precision, takes a slow path or is transformed online; "" if nothing is to say.
     """
@@ -70,18 +71,20 @@ class QuantizationReport:
         return "\n".join([*lines, f"{self.method}: {counted}, {self.nbytes:,} bytes in all"])
 
 
-def inspect(model_or_path: Any) -> QuantizationReport:
+def inspect(model_or_path: Any, component: str | None = None) -> QuantizationReport:
     """What each linear of a quantized pipeline, transformer, or folder with one (`transformer/` or itself) is.
 
+    component: "transformer" or "transformer_2" of a pipeline that has both.
     Raises ValueError where there is no transformer, FileNotFoundError where there is no such folder.
     """
     if isinstance(model_or_path, (str, os.PathLike)):
         folder = Path(model_or_path)
         if not folder.is_dir():
             raise FileNotFoundError(f"no folder {folder}; expected a saved pipeline or transformer")
-        model = AutoModel.from_pretrained(str(folder / "transformer" if (folder / "transformer").is_dir() else folder))
+        part = folder / (component or "transformer")
+        model = AutoModel.from_pretrained(str(part if part.is_dir() else folder))
     else:
-        model = denoiser(model_or_path)
+        model = denoiser(model_or_path, component)
     quantizer = getattr(model, "hf_quantizer", None)
     config = quantizer.quantization_config if quantizer is not None else model.config.get("quantization_config")
     result = getattr(config, "result", None) or {}

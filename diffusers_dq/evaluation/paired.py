@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -35,6 +35,7 @@ def compare(
     seed: int = 0,
     layers: bool = True,
     progress: bool = True,
+    component: str | None = None,
 ) -> Comparison:
     """Run both pipelines on `calls` from the same seeds and measure how far they are apart.
 
@@ -43,6 +44,7 @@ def compare(
     layers: also the SNR of each quantized linear's output at each step (Comparison.layer_snr). This runs the quantized
         transformer twice as often, and needs both on one device in one dtype. Linears that carry a fold for a layer
         downstream emit something else on purpose, so those that may are left out (Comparison.left_out).
+    component: "transformer" or "transformer_2" of pipelines that have both (Wan 2.2): whose latents and layers.
 
     Memory besides the pipelines: the latents of one call in RAM; with `layers`, up to 4096 tokens of each linear's
     output in one forward. Hooks are removed at the end, also after an exception or Ctrl-C.
@@ -51,9 +53,8 @@ def compare(
     different timesteps, calls that bring their own generator; TypeError for arguments that the pipeline does not take;
     ImportError without torchmetrics.
     """
-    _check(reference, quantized, calls, num_inference_steps, layers)
+    model, twin = _checked(reference, quantized, calls, num_inference_steps, layers, component)
     optional("torchmetrics.functional.image")  # now, rather than after a run
-    model, twin = denoiser(reference), denoiser(quantized)
     latents = _Latents()
     errors = _LayerErrors(model, twin) if layers else None
     results: list[tuple[Array, Array, Array, Array]] = []  # pictures of both, PSNR, SSIM
@@ -86,9 +87,15 @@ def compare(
     )
 
 
-def _check(
-    reference: DiffusionPipeline, quantized: DiffusionPipeline, calls: Sequence[Call], steps: int, layers: bool
-) -> None:
+def _checked(
+    reference: DiffusionPipeline,
+    quantized: DiffusionPipeline,
+    calls: Sequence[Call],
+    steps: int,
+    layers: bool,
+    component: str | None,
+) -> tuple[ModelMixin, ModelMixin]:
+    """The denoisers of both."""
     for pipe in (reference, quantized):
         if not isinstance(pipe, DiffusionPipeline):
             raise ValueError(f"compare needs two pipelines, got {type(pipe).__name__}")
@@ -96,7 +103,7 @@ def _check(
         raise ValueError(
             f"the pipelines are of different classes: {type(reference).__name__} and {type(quantized).__name__}"
         )
-    a, b = denoiser(reference), denoiser(quantized)
+    a, b = denoiser(reference, component), denoiser(quantized, component)
     if a is b:
         raise ValueError(
             "both pipelines hold the very same transformer (quantize works in place); load the full-precision pipeline"
@@ -113,6 +120,7 @@ def _check(
             "to compare layers both transformers must get the same input, but the reference is"
             f" {a.dtype} on {a.device} and the quantized one {b.dtype} on {b.device}; move one, or pass layers=False"
         )
+    return a, b
 
 
 def _run(pipe: DiffusionPipeline, call: Call, num_inference_steps: int, seed: int) -> Array:

@@ -16,13 +16,15 @@ class ModulationArgument:
     """The modulation that a block is called with, made once for all blocks (adaLN-single and its like).
 
     block: module name.   argument: of the block's forward, [..., n C], or [..., n, C] for `chunks` n.
-    table: the block's own parameter of n C values that it adds to the argument; None where it adds none.
+    table: the block's own parameter whose first n C values it adds to the argument; None where it adds none.
+    axis: of the argument, where the n chunks lie if they have an axis of their own.
     """
 
     block: str
     argument: str
     chunks: int
     table: str | None = None
+    axis: int = -2
 
 
 Source: TypeAlias = "str | ModulationArgument"  # a linear by its name, or what a block is called with
@@ -145,15 +147,24 @@ class TimestepRange:
         return self.noisiest > self.cleanest
 
 
+@dataclass(frozen=True)
+class TextProjections:
+    """linears: whose input depends on these `arguments` of the model's forward alone, not on the timestep."""
+
+    linears: tuple[str, ...]
+    arguments: tuple[str, ...] = ("encoder_hidden_states",)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     """What an architecture looks like to a quantizer.
 
     groups: every linear that may be quantized is in one of them.   attention: empty where QK^T and AV cannot be.
     not_converted: parts of names of linears that stay in full precision unless the user says otherwise; a part that is
-        a linear's whole name means that linear alone (Flux: `proj_out`, but not `single_transformer_blocks.0.proj_out`).
+        a linear's whole name means that linear alone (Flux: `proj_out`, not `single_transformer_blocks.0.proj_out`).
     weight_only: linears that run once a step on a batch of vectors: their input is never rounded.
     timestep: how the model is told the step; None where nothing is known.
+    text: keys and values of cross-attention that are the same at every step of a prompt; None where there are none.
     duplicates: (copy, original) modules that checkpoints of this architecture store many times with the same content.
     """
 
@@ -163,6 +174,7 @@ class ModelSpec:
     weight_only: frozenset[str] = frozenset()
     duplicates: tuple[tuple[str, str], ...] = ()
     timestep: TimestepRange | None = None
+    text: TextProjections | None = None
 
     @property
     def producers(self) -> set[str]:

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cosmos-Predict 1, 2 and 2.5 (NVIDIA, 2025) as diffusers' CosmosTransformer3DModel: adaLN in two narrow linears.
+
+The modulation of a norm, shift, scale, gate, is what its own two linears make of the timestep, plus one that is made
+once for all norms of all blocks. A change of basis would have to multiply both terms, of which a producer is only one:
+norms carry none yet. Where frames are at different steps (video to video) the modulation is one a token, so the narrow
+linears run on tokens; their input is not rounded all the same. Models of 2.5 with a picture as context add a second
+cross-attention, with a query of its own; then the output of both carries no change. Keys and values of text and picture
+do not change with the timestep and their input is a few hundred tokens: they stay in full precision.
+
+Pipelines of version 1 pass ln(sigma) / 4 for sigma from 80 to 0.002, later ones numbers from 1 to 0.
+"""
+
+import math
+
+from torch import nn
+
+from diffusers_dq.specs.base import SPECS, LinearGroup, ModelSpec, TimestepRange, ValueProjection
+from diffusers_dq.specs.sd3 import alone, block_names
+
+_PICTURE = ("img_context_proj", "attn2.k_img", "attn2.v_img")
+
+
+@SPECS.register("CosmosTransformer3DModel")
+def cosmos(model: nn.Module) -> ModelSpec:
+    blocks = block_names(model, "transformer_blocks")
+    picture = hasattr(model, "img_context_proj")
+    left = ["patch_embed", "time_embed", "norm_out", "proj_out", "attn2.to_k", "attn2.to_v"]
+    left += _PICTURE if picture else ()
+    left += ("crossattn_proj",) if hasattr(model, "crossattn_proj") else ()
+    return ModelSpec(
+        groups=tuple(group for block in blocks for group in _block_groups(block, picture)),
+        not_converted=tuple(left),
+        weight_only=frozenset(linear for block in blocks for linear in _modulations(block)),
+        timestep=TimestepRange(noisiest=math.log(80) / 4, cleanest=math.log(0.002) / 4, per_token=True),
+    )
+
+
+def _modulations(block: str) -> list[str]:
+    return [f"{block}.{norm}.linear_{i}" for norm in ("norm1", "norm2", "norm3") for i in (1, 2)]
+
+
+def _block_groups(block: str, picture: bool) -> list[LinearGroup]:
+    query, key, value = (f"{block}.attn1.to_{letter}" for letter in "qkv")
+    text_query, text_key, text_value = (f"{block}.attn2.to_{letter}" for letter in "qkv")
+    groups = [
+        *alone(*_modulations(block)),
+        LinearGroup((query, key, value)),
+        LinearGroup((f"{block}.attn1.to_out.0",), ValueProjection(value)),
+        LinearGroup((text_query, f"{block}.attn2.q_img") if picture else (text_query,)),
+        LinearGroup((text_key, text_value)),
+        LinearGroup((f"{block}.attn2.to_out.0",), None if picture else ValueProjection(text_value)),
+        *alone(f"{block}.ff.net.0.proj", f"{block}.ff.net.2"),
+    ]
+    if picture:
+        groups.append(LinearGroup((f"{block}.attn2.k_img", f"{block}.attn2.v_img")))
+    return groups

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hunyuan-DiT (Li et al., 2024) as diffusers' HunyuanDiT2DModel: one modulated norm a block, and that only shifts.
+
+`norm1.linear` emits the shift of the self-attention's input, nothing else: it carries shifts, while scales are made
+online. The norms before cross-attention, feed-forward and long skips have weights of their own and no modulation.
+The upper half of the blocks reads the lower half's outputs through `skip_linear`.
+"""
+
+from torch import nn
+
+from diffusers_dq.specs.base import SPECS, LinearGroup, ModelSpec, ModulatedNorm, TimestepRange, ValueProjection
+
+
+@SPECS.register("HunyuanDiT2DModel")
+def hunyuan_dit(model: nn.Module) -> ModelSpec:
+    blocks = {f"blocks.{i}": block.skip_linear is not None for i, block in enumerate(model.blocks)}  # type: ignore[arg-type]
+    return ModelSpec(
+        groups=tuple(group for block, skips in blocks.items() for group in _block_groups(block, skips)),
+        not_converted=("text_embedder", "time_extra_emb", "norm_out", "proj_out", "attn2.to_k", "attn2.to_v"),
+        weight_only=frozenset(f"{block}.norm1.linear" for block in blocks),
+        timestep=TimestepRange(noisiest=999),
+    )
+
+
+def _block_groups(block: str, skips: bool) -> list[LinearGroup]:
+    modulation = f"{block}.norm1.linear"
+    query, key, value = (f"{block}.attn1.to_{letter}" for letter in "qkv")
+    text_query, text_key, text_value = (f"{block}.attn2.to_{letter}" for letter in "qkv")
+    return [
+        *([LinearGroup((f"{block}.skip_linear",))] if skips else ()),
+        LinearGroup((modulation,)),
+        LinearGroup((query, key, value), ModulatedNorm(modulation, chunks=((0, None),))),
+        LinearGroup((f"{block}.attn1.to_out.0",), ValueProjection(value)),
+        LinearGroup((text_query,)),
+        LinearGroup((text_key, text_value)),
+        LinearGroup((f"{block}.attn2.to_out.0",), ValueProjection(text_value)),
+        LinearGroup((f"{block}.ff.net.0.proj",)),
+        LinearGroup((f"{block}.ff.net.2",)),
+    ]

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LTX-2 (Lightricks, 2025) as diffusers' LTX2VideoTransformer3DModel: a video and an audio stream, adaLN-single.
+
+A block is called with up to eight modulations, each a projection that all blocks share. `temb` and `temb_audio`:
+shift, scale, gate of the self-attention, of the feed-forward layer and, from LTX-2.3, of the queries to the text, to
+which the block adds a table. `temb_ca_scale_shift` and `temb_ca_audio_scale_shift`: *scale, shift* of a stream where it
+meets the other one, first from audio to video, then from video to audio; the table has a fifth row, for the gate.
+`temb_prompt` and `temb_prompt_audio`, of LTX-2.3: shift, scale of the text. The rest are gates, which nothing reads.
+
+Where attention is gated (LTX-2.3) the gates are made from the queries' input, so `to_gate_logits` belongs to its group,
+and they multiply the mean of values: a change of basis of what `to_out` reads would have to pass through them, and is
+made online. Skipping self-attention for guidance is no obstacle: values alone are a mean of values too.
+"""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from diffusers_dq.specs.base import (
+    SPECS,
+    LinearGroup,
+    ModelSpec,
+    ModulatedNorm,
+    ModulationArgument,
+    TimestepRange,
+    ValueProjection,
+)
+
+
+@SPECS.register("LTX2VideoTransformer3DModel")
+def ltx2(model: nn.Module) -> ModelSpec:
+    config = model.config
+    prompt_moves = (config.cross_attn_mod or config.audio_cross_attn_mod) and config.use_prompt_adaln_single
+    streams = (
+        _Stream("", "", config.gated_attn, config.cross_attn_mod, prompt_moves),
+        _Stream("audio_", "_audio", config.audio_gated_attn, config.audio_cross_attn_mod, prompt_moves),
+    )
+    blocks = [f"transformer_blocks.{i}" for i in range(len(model.transformer_blocks))]  # type: ignore[arg-type]
+    return ModelSpec(
+        groups=tuple(group for block in blocks for group in _block_groups(block, *streams)),
+        not_converted=(
+            *("proj_in", "audio_proj_in", "time_embed", "av_cross_attn", "proj_out", "audio_proj_out"),
+            *("attn2.to_k", "attn2.to_v"),
+            *(("caption_projection",) if config.use_prompt_embeddings else ()),
+            *(("prompt_adaln",) if prompt_moves else ()),
+        ),
+        timestep=TimestepRange(noisiest=1000, per_token=True),
+    )
+
+
+@dataclass(frozen=True)
+class _Stream:
+    """prefix: of its layers and tables.   suffix: of the modulations it brings.   gated: its queries' attention.
+    modulates_queries: those to the text.   modulates_text: at each step anew."""
+
+    prefix: str
+    suffix: str
+    gated: bool
+    modulates_queries: bool
+    modulates_text: bool
+
+    def modulation(self, block: str) -> ModulationArgument:
+        chunks = 9 if self.modulates_queries else 6
+        return ModulationArgument(block, f"temb{self.suffix}", chunks, f"{self.prefix}scale_shift_table")
+
+    def of_text(self, block: str) -> ModulatedNorm | None:
+        if not self.modulates_text:
+            return None
+        table = f"{self.prefix}prompt_scale_shift_table"
+        return ModulatedNorm(ModulationArgument(block, f"temb_prompt{self.suffix}", 2, table))
+
+    def meeting(self, block: str, scale: int) -> ModulatedNorm:
+        """scale: number of the chunk, before that of the shift."""
+        table = f"{self.prefix or 'video_'}a2v_cross_attn_scale_shift_table"
+        source = ModulationArgument(block, f"temb_ca{self.suffix}_scale_shift", 4, table)
+        return ModulatedNorm(source, chunks=((scale + 1, scale),))
+
+
+def _block_groups(block: str, video: _Stream, audio: _Stream) -> list[LinearGroup]:
+    return [
+        *(group for stream in (video, audio) for group in _stream_groups(block, stream)),
+        *_attention_groups(
+            f"{block}.audio_to_video_attn", video.meeting(block, 0), audio.meeting(block, 0), video.gated
+        ),
+        *_attention_groups(
+            f"{block}.video_to_audio_attn", audio.meeting(block, 2), video.meeting(block, 2), audio.gated
+        ),
+    ]
+
+
+def _stream_groups(block: str, stream: _Stream) -> list[LinearGroup]:
+    """Self-attention, cross-attention to the text and feed-forward layer."""
+    prefix, modulation = f"{block}.{stream.prefix}", stream.modulation(block)
+    query, key, value, *gate = _readers(f"{prefix}attn1", stream.gated)
+    to_text = ModulatedNorm(modulation, chunks=((6, 7),)) if stream.modulates_queries else None
+    return [
+        LinearGroup((query, key, value, *gate), ModulatedNorm(modulation, chunks=((0, 1),))),
+        _output_group(f"{prefix}attn1", stream.gated),
+        *_attention_groups(f"{prefix}attn2", to_text, stream.of_text(block), stream.gated),
+        LinearGroup((f"{prefix}ff.net.0.proj",), ModulatedNorm(modulation, chunks=((3, 4),))),
+        LinearGroup((f"{prefix}ff.net.2",)),
+    ]
+
+
+def _attention_groups(
+    attention: str, of_query: ModulatedNorm | None, of_value: ModulatedNorm | None, gated: bool
+) -> list[LinearGroup]:
+    """Of attention between two sequences."""
+    query, key, value, *gate = _readers(attention, gated)
+    return [
+        LinearGroup((query, *gate), of_query),
+        LinearGroup((key, value), of_value),
+        _output_group(attention, gated),
+    ]
+
+
+def _readers(attention: str, gated: bool) -> list[str]:
+    leaves = ("to_q", "to_k", "to_v", *(("to_gate_logits",) if gated else ()))
+    return [f"{attention}.{leaf}" for leaf in leaves]
+
+
+def _output_group(attention: str, gated: bool) -> LinearGroup:
+    return LinearGroup((f"{attention}.to_out.0",), None if gated else ValueProjection(f"{attention}.to_v"))

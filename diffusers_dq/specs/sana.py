@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sana and Sana-Sprint (Xie et al., 2024; Chen et al., 2025) as diffusers' SanaTransformer2DModel: adaLN-single.
+
+As in PixArt one projection of the timestep serves all blocks. Self-attention is linear: it divides by a sum of ReLU
+features that may be zero, so its weights need not sum to one and its output carries no shift. Cross-attention reads the
+raw residual; its output is a mean of values as usual. The feed-forward layer is made of convolutions, which stay in
+full precision, although they hold most of the weights.
+"""
+
+from torch import nn
+
+from diffusers_dq.specs.base import (
+    SPECS,
+    LinearGroup,
+    ModelSpec,
+    ModulatedNorm,
+    ModulationArgument,
+    TimestepRange,
+    ValueProjection,
+)
+
+
+@SPECS.register("SanaTransformer2DModel")
+def sana(model: nn.Module) -> ModelSpec:
+    """Pipelines scale their timesteps by the model's config; Sprint, told by its guidance, passes sin / (sin + cos)."""
+    config = model.config
+    blocks = [f"transformer_blocks.{i}" for i in range(len(model.transformer_blocks))]  # type: ignore[arg-type]
+    return ModelSpec(
+        groups=tuple(group for block in blocks for group in _block_groups(block)),
+        not_converted=("time_embed", "caption_projection", "proj_out", "attn2.to_k", "attn2.to_v"),
+        timestep=TimestepRange(noisiest=1 if config.guidance_embeds else 1000 * config.timestep_scale),
+    )
+
+
+def _block_groups(block: str) -> list[LinearGroup]:
+    modulation = ModulationArgument(block, "timestep", chunks=6, table="scale_shift_table")
+    query, key, value = (f"{block}.attn1.to_{letter}" for letter in "qkv")
+    text_query, text_key, text_value = (f"{block}.attn2.to_{letter}" for letter in "qkv")
+    return [
+        LinearGroup((query, key, value), ModulatedNorm(modulation, chunks=((0, 1),))),
+        LinearGroup((f"{block}.attn1.to_out.0",)),
+        LinearGroup((text_query,)),
+        LinearGroup((text_key, text_value)),
+        LinearGroup((f"{block}.attn2.to_out.0",), ValueProjection(text_value)),
+    ]

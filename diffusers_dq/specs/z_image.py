@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Z-Image (Z-Image team, 2025) as diffusers' ZImageTransformer2DModel: norms that are scaled, never shifted.
+
+As in Lumina-Image 2.0, but for names and for attention, where each query head has a value head of its own. Context and
+SigLIP refiners have plain norms. With reference images ("omni") the modulation linear runs twice, for noisy and for
+clean tokens; the change that it carries is the same for both.
+"""
+
+from torch import nn
+
+from diffusers_dq.specs.base import SPECS, ModelSpec, TimestepRange
+from diffusers_dq.specs.lumina2 import scaled_block_groups
+
+_PARTS = ("noise_refiner", "context_refiner", "siglip_refiner", "layers")
+
+
+@SPECS.register("ZImageTransformer2DModel")
+def z_image(model: nn.Module) -> ModelSpec:
+    """Timesteps grow from 0, noise, to 1."""
+    modulations = {
+        f"{part}.{i}": f"{part}.{i}.adaLN_modulation.0" if block.modulation else None
+        for part in _PARTS
+        for i, block in enumerate(getattr(model, part) or ())
+    }
+    projections = ("feed_forward.w1", "feed_forward.w3", "feed_forward.w2")
+    siglip = () if model.siglip_embedder is None else ("siglip_embedder",)
+    return ModelSpec(
+        groups=tuple(
+            group
+            for block, modulation in modulations.items()
+            for group in scaled_block_groups(f"{block}.", "attention", projections, modulation, own_values=True)
+        ),
+        not_converted=("all_x_embedder", "t_embedder", "cap_embedder", "all_final_layer", *siglip),
+        weight_only=frozenset(filter(None, modulations.values())),
+        timestep=TimestepRange("t", noisiest=0, cleanest=1),
+    )
