@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check style benchmark clean
+.PHONY: demo test test-host check style benchmark clean
 
 # torch first and pinned: an unpinned one pulls gigabytes of CUDA packages, also into pip's build environments
 .venv/installed: pyproject.toml constraints.txt
@@ -17,6 +17,9 @@ demo: .venv/installed ## calibrate, quantize and compare the demo model; writes 
 
 test: .venv/installed ## the whole suite
 	$(BIN)/python -m pytest -n auto
+
+test-host: .venv/installed ## diffusers' own tests of quantizers on ours: fetched at one commit, from DIFFUSERS_TESTS if set
+	$(BIN)/python tests/host/run.py -n auto
 
 check: .venv/installed ## what a commit must pass: lint, types, import contracts, quick tests
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

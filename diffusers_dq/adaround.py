@@ -46,6 +46,7 @@ class SoftLinear(nn.Module):
         fraction = (ratio - ratio.floor()).clamp(1e-4, 1 - 1e-4)
         self.v = nn.Parameter(-torch.log((ZETA - GAMMA) / (fraction - GAMMA) - 1))
         self.log_input_scale = nn.Parameter(torch.zeros((), device=exact.device))
+        self.reached = False  # by a gradient of the error: some models run some linears without
 
     scale: Tensor
     zero_point: Tensor
@@ -65,6 +66,7 @@ class SoftLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         layer = self.layer
+        self.reached = self.reached or torch.is_grad_enabled()
         u = layer.transformed(x).float()
         if self.input_scheme is not None and layer.rounds_input:
             u = self._rounded(u, replace(self.input_scheme, bits=layer.activation_bits))

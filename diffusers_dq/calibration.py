@@ -126,7 +126,8 @@ def _about(
 
 def _scheduler(pipe: DiffusionPipeline) -> str:
     scheduler = getattr(pipe, "scheduler", None)
-    settings = sorted(getattr(scheduler, "config", {}).items())
+    config = getattr(scheduler, "config", {})
+    settings = sorted((k, v) for k, v in config.items() if not k.startswith("_"))  # the rest is how it was made
     return f"{type(scheduler).__name__}({', '.join(f'{key}={_brief(value)}' for key, value in settings)})"
 
 
@@ -170,6 +171,12 @@ def _step_progress(
         yield {}
 
 
+def _input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """What a linear is called with."""
+    x: Tensor = args[0] if args else kwargs["input"]
+    return x
+
+
 class _Recorder:
     """Owns the observers and every hook that feeds them."""
 
@@ -189,12 +196,13 @@ class _Recorder:
         self.call = 0
         self._step = 0
         self._visited: list[int] = []  # steps of this call so far
-        self._seen: dict[tuple[int, str], tuple[weakref.ref[Tensor], str]] = {}
+        self._site_of: dict[str, str] = {}  # linear -> site, as far as discovered
+        self._seen: dict[tuple[int, int, str], tuple[weakref.ref[Tensor], list[str]]] = {}  # by the sites that read it
 
     @contextmanager
     def attached(self) -> Iterator[None]:
         with ExitStack() as stack:
-            stack.enter_context(watching_timestep(self.model, self._on_forward))
+            stack.enter_context(watching_timestep(self.model, self._on_forward, self.descending))
             stack.callback(self._register_sampling().remove)
             for handle in self._register_hooks():
                 stack.callback(handle.remove)
@@ -214,12 +222,13 @@ class _Recorder:
         if SPECS.get(type(self.model).__name__) is None:
             for name, module in self.model.named_modules():
                 if isinstance(module, nn.Linear):
-                    yield module.register_forward_pre_hook(self._discover(name))
+                    yield module.register_forward_pre_hook(self._discover(name), with_kwargs=True)
             return
         spec = spec_of(self.model)
         for group in spec.groups:
             self.linears[group.name] = group.linears
-            yield self.model.get_submodule(group.name).register_forward_pre_hook(self._observe_input(group.name))
+            first = self.model.get_submodule(group.name)
+            yield first.register_forward_pre_hook(self._observe_input(group.name), with_kwargs=True)
         for site in spec.attention:
             for linear in (site.query, site.key, site.value):
                 name = f"{linear}:output"
@@ -227,8 +236,8 @@ class _Recorder:
                 yield self.model.get_submodule(linear).register_forward_hook(self._observe_output(name))
             yield from self._watch_probabilities(site)
 
-    def _observe_input(self, site: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        return lambda module, args: self._observe(site, args[0])
+    def _observe_input(self, site: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        return lambda module, args, kwargs: self._observe(site, _input_of(args, kwargs))
 
     def _observe_output(self, site: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
         return lambda module, args, output: self._observe(site, output)
@@ -246,20 +255,24 @@ class _Recorder:
         yield attention.to_q.register_forward_hook(lambda module, args, query: queries.append(query))
         yield attention.to_k.register_forward_hook(observe)
 
-    def _discover(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        """For an architecture without a spec: linears of a block that are given the very same tensor form a group."""
+    def _discover(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        """For an architecture without a spec: linears of a block that are given the very same tensor form a group,
+        unless something has been written into it in between. A linear stays in the group of its first call."""
         block = next((block for block in blocks_of(self.model) if name.startswith(f"{block}.")), "")
 
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            x = args[0]
-            reference, site = self._seen.get((id(x), block), (None, name))
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = _input_of(args, kwargs)
+            key = (id(x), 0 if x.is_inference() else x._version, block)
+            reference, readers = self._seen.get(key, (None, []))
             if reference is None or reference() is not x:
-                site = next((s for s, members in self.linears.items() if name in members), name)
-                self._seen[id(x), block] = (weakref.ref(x), site)
-                self._observe(site, x)
-            members = self.linears.get(site, ())
-            if name not in members:
-                self.linears[site] = (*members, name)
+                readers = []
+                self._seen[key] = (weakref.ref(x), readers)
+            if name not in self._site_of:
+                site = self._site_of[name] = readers[0] if readers else name
+                self.linears[site] = (*self.linears.get(site, ()), name)
+            if self._site_of[name] not in readers:
+                readers.append(self._site_of[name])
+                self._observe(self._site_of[name], x)
 
         return hook
 
@@ -274,6 +287,8 @@ class _Recorder:
             self._visited.append(self._step)
 
     def _observe(self, site: str, x: Tensor) -> None:
+        if not x.numel():
+            return  # as of an expert that no token chose
         if site not in self.observers:
             self.observers[site] = self._observer(site)
             self.observers[site].start_call(self.call)
@@ -324,6 +339,7 @@ class _Recorder:
         self.samples = list(saved.samples)
         for name, site in saved.sites.items():
             self.linears[name] = site.linears
+            self._site_of |= dict.fromkeys(site.linears, name)
             self.observers[name] = self._observer(name)
             self.observers[name].load_tensors(site.tensors())
         return int(saved.about["calls_done"])

@@ -54,8 +54,9 @@ class Conversion:
         self.config = config
         self.dtype = dtype
         self.statistics = statistics
-        self.descending = statistics is None or statistics.descending
         self.spec = _spec(model, statistics)
+        known = self.spec.timestep if statistics is None else statistics
+        self.descending = known is None or known.descending
         self.plan: Plan = make_plan(model, self.spec, method or config.make_method(), config, statistics)
         self.groups = TimestepGroups(len(self.plan.partitions))
         self.layers: dict[str, QuantizedLinear] = {}
@@ -249,7 +250,7 @@ def _spec(model: nn.Module, statistics: Statistics | None) -> ModelSpec:
     """The architecture's, else from the groups that calibration discovered, else each linear alone."""
     if statistics is None or SPECS.get(type(model).__name__) is not None:
         return spec_of(model)
-    return undescribed(site.linears for site in statistics.sites.values())
+    return undescribed(model, (site.linears for site in statistics.sites.values()))
 
 
 def convert(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 Call = Mapping[str, Any]
 
 _TIMESTEP_NAMES = ("timestep", "timesteps", "t")
+_TIMESTEP_ENDINGS = ("_timestep", "_timesteps", "_time")  # of models that take one for each of several modalities
 
 
 DENOISERS = "transformer", "transformer_2"
@@ -35,7 +36,7 @@ def denoiser(pipe_or_model: Any, component: str | None = None) -> ModelMixin:
             )
         if component is not None and component not in there:
             raise ValueError(f"component {component!r} of {type(pipe_or_model).__name__} is none of {there}")
-        transformer = getattr(pipe_or_model, component or "transformer", None)
+        transformer = getattr(pipe_or_model, component or (there or DENOISERS)[0], None)
         transformer = getattr(transformer, "_orig_mod", transformer)
         if not isinstance(transformer, nn.Module):
             parts = ", ".join(sorted(pipe_or_model.components))
@@ -59,37 +60,56 @@ def argument_names(model: nn.Module) -> list[str]:
 
 @dataclass(frozen=True)
 class TimestepArgument:
-    """Where a model's forward takes its timestep; read without `inspect`, so that torch.compile can trace it."""
+    """Where a model's forward takes its timestep; read without `inspect`, so that torch.compile can trace it.
+
+    others: names and positions of further ones, where each modality has its own (Cosmos 3): they are read where a call
+        has none of those before.
+    """
 
     name: str
     position: int
+    others: tuple[tuple[str, int], ...] = ()
 
     @classmethod
     def of(cls, model: nn.Module) -> "TimestepArgument":
+        """Raises ValueError where no argument is named like one."""
         names = argument_names(model)
-        for position, name in enumerate(names):
-            if name in _TIMESTEP_NAMES:
-                return cls(name, position)
-        raise ValueError(
-            f"{type(model).__name__}.forward has no argument named {' or '.join(_TIMESTEP_NAMES)} (it takes"
-            f" {', '.join(names)}), so its denoising step cannot be known"
-        )
+        places = {name: position for position, name in enumerate(names)}
+        found = [name for name in names if name in _TIMESTEP_NAMES][:1]
+        found = found or [name for name in names if name.endswith(_TIMESTEP_ENDINGS)]
+        if not found:
+            raise ValueError(
+                f"{type(model).__name__}.forward has no argument named {' or '.join(_TIMESTEP_NAMES)}, or ending in"
+                f" {' or '.join(_TIMESTEP_ENDINGS)} (it takes {', '.join(names)}), so its denoising step cannot be"
+                " known"
+            )
+        first, *others = found
+        return cls(first, places[first], tuple((name, places[name]) for name in others))
 
     def read(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """The value passed, or None."""
-        return args[self.position] if self.position < len(args) else kwargs.get(self.name)
+        """The value passed, or None: also where it is a tensor of no timesteps, as of a modality without noise."""
+        for name, position in ((self.name, self.position), *self.others):
+            value = args[position] if position < len(args) else kwargs.get(name)
+            if value is not None and not (isinstance(value, Tensor) and value.numel() == 0):
+                return value
+        return None
 
 
 @contextmanager
-def watching_timestep(model: nn.Module, on_forward: Callable[[float], None]) -> Iterator[None]:
-    """Call `on_forward(timestep)` before each forward. Where tokens differ, the largest timestep: the noisiest."""
+def watching_timestep(
+    model: nn.Module, on_forward: Callable[[float], None], descending: bool = True
+) -> Iterator[None]:
+    """Call `on_forward(timestep)` before each forward. Where tokens differ, the timestep of the noisiest: the largest
+    where noise falls with the timestep (descending), else the smallest."""
     argument = TimestepArgument.of(model)
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         value = argument.read(args, kwargs)
         if value is None:
             raise ValueError(f"{type(module).__name__} was called without a {argument.name}; pass one")
-        on_forward(float(value.float().amax()) if isinstance(value, Tensor) else float(value))
+        if isinstance(value, Tensor):
+            value = value.float().amax() if descending else value.float().amin()
+        on_forward(float(value))
 
     handle = model.register_forward_pre_hook(hook, with_kwargs=True)
     try:

@@ -76,25 +76,29 @@ class RefuseAdapters:
 
 
 class _Guard:
-    """One guarded method of one model."""
+    """One guarded method of one model, which it does not keep alive; a copy of the model has guards of its own."""
 
     def __init__(self, name: str, model: nn.Module, method: str) -> None:
         self.name = name
         self.method = method
-        self._model = weakref.ref(model)
+        self._reference = weakref.ref(model)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        model = self._model()
+    @property
+    def model(self) -> nn.Module:
+        model = self._reference()
         if model is None:
             raise ReferenceError(f"the model whose {self.name} this is has been freed")
-        return _GUARDS[self.name](model, getattr(type(model), self.name), self.method, *args, **kwargs)
+        return model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        plain = getattr(type(self.model), self.name)
+        return _GUARDS[self.name](self.model, plain, self.method, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Guard":
-        model = self._model()
-        return _Guard(self.name, memo.get(id(model), model), self.method)
+        return _Guard(self.name, memo.get(id(self.model), self.model), self.method)
 
-    def __reduce__(self) -> tuple[type, tuple[str, nn.Module | None, str]]:
-        return _Guard, (self.name, self._model(), self.method)
+    def __reduce__(self) -> tuple[type, tuple[str, nn.Module, str]]:
+        return _Guard, (self.name, self.model, self.method)
 
 
 def _to(model: nn.Module, plain: Callable[..., Any], method: str, *args: Any, **kwargs: Any) -> Any:

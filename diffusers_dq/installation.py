@@ -126,7 +126,8 @@ class SelectGroup:
             timestep = torch.tensor(timestep)
         groups = getattr(model, GROUPS)
         if hasattr(model, BOUNDARIES):
-            groups.select(getattr(model, BOUNDARIES), timestep, self.descending)
+            boundaries = getattr(model, BOUNDARIES)
+            groups.select(groups.kept if boundaries.is_meta else boundaries, timestep, self.descending)
         if self.step_bits is not None:  # waits for the device
             groups.activation_bits = self.step_bits.at(float(timestep.max() if self.descending else timestep.min()))
 
@@ -256,6 +257,13 @@ def check_shared(model: nn.Module, description: Description) -> None:
                 f"{name} and {first} share their rounded input by config.json, but their input tables differ in the"
                 " file: it is damaged"
             )
+
+
+def keep_boundaries(model: nn.Module) -> None:
+    """Once they are there: see TimestepGroups."""
+    if hasattr(model, BOUNDARIES):
+        groups, boundaries = getattr(model, GROUPS), getattr(model, BOUNDARIES)
+        groups.kept = boundaries.clone().to(groups.index.device)
 
 
 def align(model: nn.Module) -> None:

@@ -127,8 +127,15 @@ class LinearLayout:
     def of_input(self) -> "LinearLayout":
         """What it says of the input alone: equal for linears that do the same to theirs."""
         size = self.group_size if self.input_rounding == "group" else 0
-        of_weight = dict(weight_bits=8, bias_groups=0, weight_zero_points=False, low_rank=0, carries=False)
-        return replace(self, group_size=size, **of_weight)
+        return replace(
+            self,
+            weight_bits=8,
+            bias_groups=0,
+            group_size=size,
+            weight_zero_points=False,
+            low_rank=0,
+            carries=False,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Only what differs from the defaults: config.json holds one a linear."""
@@ -309,9 +316,10 @@ class QuantizedLinear(nn.Linear):
         """In this step."""
         return self.activation_bits < NOT_ROUNDED
 
-    def forward(self, x: Tensor) -> Tensor:
-        output = self.product(self.rounded(x), x.dtype) if self.rounds_input else self._unrounded(x)
-        return output if self.low_rank_down is None else output + self.low_rank_part(x)
+    def forward(self, input: Tensor) -> Tensor:
+        """Named as nn.Linear names it, for calls by keyword."""
+        output = self.product(self.rounded(input), input.dtype) if self.rounds_input else self._unrounded(input)
+        return output if self.low_rank_down is None else output + self.low_rank_part(input)
 
     def low_rank_part(self, x: Tensor) -> Tensor:
         """x D^T U^T, [..., N] of x's dtype."""

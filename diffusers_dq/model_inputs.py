@@ -13,7 +13,7 @@ ModelInput = dict[str, Any]
 """Arguments of forward by name, so that `model(**input)` repeats it; tensors on the CPU."""
 
 _TENSOR = "tensor"  # key of the one-entry dict that stands for a tensor in `Packed`'s structure
-_DICT = "dict"
+_DICT, _TUPLE = "dict", "tuple"
 
 
 def capture(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> ModelInput:
@@ -24,13 +24,14 @@ def capture(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]
 
 def _copied(name: str, value: Any) -> Any:
     if isinstance(value, Tensor):
-        return value.detach().cpu().clone()
+        return value.detach().cpu().clone(memory_format=torch.contiguous_format)  # of an expanded one, no stride of 0
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
         return {key: _copied(name, item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_copied(name, item) for item in value]
+        items = [_copied(name, item) for item in value]
+        return tuple(items) if isinstance(value, tuple) else items  # Cosmos takes only a tuple for two contexts
     raise ValueError(
         f"the transformer is called with {name} of type {type(value).__name__}, which a statistics file cannot hold:"
         " calibrate with samples=0, and without methods that need whole inputs"
@@ -63,6 +64,8 @@ def pack(samples: Iterable[ModelInput]) -> tuple[list[Any], dict[str, Tensor]]:
             return {_TENSOR: _name_of(value, tensors, names)}
         if isinstance(value, dict):
             return {_DICT: {key: packed(item) for key, item in value.items()}}
+        if isinstance(value, tuple):
+            return {_TUPLE: [packed(item) for item in value]}
         return [packed(item) for item in value] if isinstance(value, list) else value
 
     return [packed(sample) for sample in samples], tensors
@@ -87,6 +90,8 @@ def unpack(structures: Sequence[Any], tensors: Mapping[str, Tensor]) -> tuple[Mo
         if isinstance(value, dict):
             if _TENSOR in value:
                 return tensors[value[_TENSOR]]
+            if _TUPLE in value:
+                return tuple(unpacked(item) for item in value[_TUPLE])
             return {key: unpacked(item) for key, item in value[_DICT].items()}
         return [unpacked(item) for item in value] if isinstance(value, list) else value
 

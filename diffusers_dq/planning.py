@@ -72,6 +72,10 @@ class LinearPlan:
     moments: InputMoments | None = None
     note: str = ""
 
+    def noted(self, note: str | None) -> "LinearPlan":
+        """With one more note."""
+        return replace(self, note="; ".join(filter(None, (self.note, note))))
+
     @property
     def bits(self) -> Bits:
         weight, activation = (
@@ -181,6 +185,8 @@ def make_plan(
         if name not in kept
     }
     groups = [group for group in spec.groups if any(name in plans for name in group.linears)]
+    if statistics is not None:
+        _note_unvisited(groups, statistics, plans)
     seen = None
     if config.needs_statistics and statistics is not None:
         seen = statistics.at(method.calibration_steps(statistics.timesteps))
@@ -237,7 +243,7 @@ def _first_plan(method: Method, config: DQConfig, name: str, shape: torch.Size, 
     if bits.activation == NOT_ROUNDED:
         return plan
     if weight_only and not method.rounds_conditioning:
-        return replace(plan, note="; ".join(filter(None, (plan.note, "input is one vector a sample: weight only"))))
+        return plan.noted("input is one vector a sample: weight only")
     return replace(plan, scheme=method.activation_scheme(bits.activation, in_features, size))
 
 
@@ -292,6 +298,18 @@ class _SampleMaxima:
         self._found.setdefault(site, []).append(largest.float().cpu())
 
 
+def _note_unvisited(groups: Sequence[LinearGroup], statistics: Statistics, plans: dict[str, LinearPlan]) -> None:
+    """Experts of a mixture may see no token at some steps."""
+    for group in groups:
+        site = statistics.input_of(group.name)
+        if site is None or site.visited.all() or not site.visited.any():
+            continue
+        steps = ", ".join(f"{float(t):g}" for t in statistics.timesteps[~site.visited][:5])
+        note = f"not reached at {int((~site.visited).sum())} calibrated timesteps ({steps}): taken as at the nearest"
+        for name in (name for name in group.linears if name in plans):
+            plans[name] = plans[name].noted(note)
+
+
 def _statistics_of(group: LinearGroup, statistics: Statistics) -> SiteStatistics:
     site = statistics.input_of(group.name)
     if site is None or not site.visited.any():
@@ -299,14 +317,7 @@ def _statistics_of(group: LinearGroup, statistics: Statistics) -> SiteStatistics
             f"{group.name} was never reached during calibration, so its input is unknown; calibrate with calls that"
             " use it, or add it to modules_to_not_convert"
         )
-    unvisited = (~site.visited).nonzero().flatten().tolist()
-    if unvisited:
-        steps = ", ".join(f"{float(statistics.timesteps[i]):g}" for i in unvisited[:5])
-        raise ValueError(
-            f"{group.name} was not reached at the timesteps {steps}; calibrate with calls that use it there, or add it"
-            " to modules_to_not_convert"
-        )
-    return site
+    return site if site.visited.all() else site.filled()
 
 
 def _place(
@@ -322,7 +333,7 @@ def _place(
     scheme = solution.weight_schemes.get(group.name)
     for name in group.linears:
         if note and name in plans:
-            plans[name] = replace(plans[name], note=note)
+            plans[name] = plans[name].noted(note)
         if scheme is not None and name in plans:
             plans[name] = replace(plans[name], weight_scheme=scheme)
     if chain is None:
@@ -330,9 +341,7 @@ def _place(
     obstacle = _obstacle(group, chain, config, plans) if chain.transforms else None
     for name in group.linears:
         if name in plans:
-            plans[name] = replace(
-                plans[name], chain=chain, online=obstacle is not None, note=obstacle or plans[name].note
-            )
+            plans[name] = replace(plans[name], chain=chain, online=obstacle is not None).noted(obstacle)
     if chain.transforms and obstacle is None and group.producer is not None:
         updates = tuple((update, chain.boundaries) for update in group.producer.updates(chain, channels))
         source = group.producer.source

@@ -63,10 +63,10 @@ class DQQuantizer(DiffusersQuantizer):
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype | None:
         """As everywhere in diffusers, None is fp32: a pipeline's parts have to agree."""
-        if self.description is not None:
-            self.description = replace(self.description, dtype=torch_dtype or torch.get_default_dtype())
         self._dtype = torch_dtype or torch.get_default_dtype()
-        return torch_dtype
+        if self.description is not None:
+            self.description = replace(self.description, dtype=self._dtype)
+        return self._dtype
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
         self._loaded_keys = set(loaded_keys)
@@ -192,6 +192,7 @@ class DQQuantizer(DiffusersQuantizer):
         self.quantization_config, self.description = config, Description.from_dict(config.result)
         self.pre_quantized, self.prepared, self.statistics = True, False, None
         installation.align(model)
+        installation.keep_boundaries(model)
         model.hf_quantizer = self
         model.is_quantized = True
         model.quantization_method = DQMethod.DIFFUSERS_DQ
@@ -256,7 +257,13 @@ class DQQuantizer(DiffusersQuantizer):
 
     def _dequantize(self, model: ModelMixin) -> ModelMixin:
         """Ordinary linears again, with what rounding has left; refused, before anything changes, where the timestep
-        group has become part of the function."""
+        group has become part of the function, or what blocks are called with has been changed to suit their layers."""
+        if self.description is not None and self.description.modulations:
+            raise ValueError(
+                f"cannot dequantize: transforms of {len(self.description.modulations)} blocks are folded into the"
+                f" modulation that they are called with, and no part of an ordinary {type(model).__name__} can hold"
+                " them: load the original checkpoint instead of dequantizing"
+            )
         linears = {}
         for name, module in model.named_modules():
             if isinstance(module, QuantizedLinear):

@@ -115,6 +115,9 @@ class Reconstructor:
         bar.set_postfix_str(f"{unit}: error {before:.3g} -> {min(before, after):.3g}")
         kept = {name: replace(self.linears[name], decided=layer.nearest()) for name, layer in soft.items()}
         self.linears |= learned if after < before else kept
+        for name in (name for name, layer in soft.items() if not layer.reached):
+            note = "rounded to nearest: the model runs it without gradients, or not at all, so nothing was learned"
+            self.linears[name] = kept[name].noted(note)
 
     def _wanted(self, unit: str, exact: Passage) -> tuple[Tensor, ...]:
         """What the unit is to put out: as in full precision; of a linear, with what others ask it to carry."""

@@ -104,9 +104,17 @@ def swapped(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None
 
 
 def prediction(output: Any) -> Tensor:
-    """The sample in what a diffusers transformer returns."""
-    sample: Tensor = output.sample if hasattr(output, "sample") else output[0]
-    return sample
+    """The sample in what a diffusers transformer returns; a list of samples (Z-Image, Cosmos 3) is stacked.
+
+    Raises ValueError for a list of samples of several shapes.
+    """
+    sample = output.sample if hasattr(output, "sample") else output[0]
+    if isinstance(sample, Tensor):
+        return sample
+    shapes = {tuple(part.shape) for part in sample}
+    if len(shapes) != 1:
+        raise ValueError(f"samples of one forward have to be of one shape to be compared, got {sorted(shapes)}")
+    return torch.stack(list(sample))
 
 
 class _Reached(Exception):
@@ -154,9 +162,9 @@ def units_of(model: nn.Module, linears: Sequence[str], unit: str, apart: Collect
 
 
 def blocks_of(module: nn.Module, prefix: str = "") -> Iterator[str]:
-    """Names of the members of the outermost module lists."""
+    """Names of the members of the outermost module lists, and of lists in lists: what is called as a module."""
     for name, child in module.named_children():
-        if isinstance(child, nn.ModuleList):
-            yield from (f"{prefix}{name}.{i}" for i in range(len(child)))
+        if isinstance(module, nn.ModuleList) and not isinstance(child, nn.ModuleList | nn.ModuleDict):
+            yield f"{prefix}{name}"
         else:
             yield from blocks_of(child, f"{prefix}{name}.")

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusers import AutoModel
 from torch import nn
 
 import diffusers_dq_kernels as ops
@@ -15,6 +14,7 @@ from diffusers_dq.attention import QuantizedAttnProcessor
 from diffusers_dq.denoise import denoiser
 from diffusers_dq.linear import LinearLayout, QuantizedLinear
 from diffusers_dq.modulation import Modulation
+from diffusers_dq.opensora.loading import model_class
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,8 @@ def inspect(model_or_path: Any, component: str | None = None) -> QuantizationRep
         if not folder.is_dir():
             raise FileNotFoundError(f"no folder {folder}; expected a saved pipeline or transformer")
         part = folder / (component or "transformer")
-        model = AutoModel.from_pretrained(str(part if part.is_dir() else folder))
+        place = str(part if part.is_dir() else folder)
+        model = model_class(place).from_pretrained(place)
     else:
         model = denoiser(model_or_path, component)
     quantizer = getattr(model, "hf_quantizer", None)

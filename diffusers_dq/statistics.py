@@ -7,7 +7,7 @@ Notation: S calibrated steps in the order the pipeline visited them, K channels,
 import json
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ FORMAT_VERSION = 1
 _FINGERPRINT_TENSORS = 256
 _SITE_TENSORS = ("min", "max", "tokens", "keys")
 _MOMENTS = ("sums", "counts", "products")
+_SHARED_BY_PARTS = ("model_class", "pipeline_class", "scheduler", "num_inference_steps", "dtype", "second_moments")
 
 
 @dataclass(frozen=True, repr=False)
@@ -51,7 +52,7 @@ class SiteStatistics:
         return always | {"sums": self.sums, "counts": self.counts, "products": self.products}
 
     def at(self, steps: Tensor) -> "SiteStatistics":
-        """Of some of the steps, [S] bool. The products stay those of all: they are not kept by step."""
+        """Of some of the steps, [S] bool or indices. The products stay those of all: they are not kept by step."""
         return replace(
             self,
             minimum=self.minimum[steps],
@@ -61,6 +62,41 @@ class SiteStatistics:
             sums=None if self.sums is None else self.sums[steps],
             counts=None if self.counts is None else self.counts[steps],
         )
+
+    @classmethod
+    def merged(cls, parts: Sequence["SiteStatistics"]) -> "SiteStatistics":
+        """Of the tokens of all parts: R is the least of the parts', for the smallest R keys of each are known to hold
+        the smallest R of all, a uniform sample. Raises ValueError where other linears read the activation.
+        """
+        first = parts[0]
+        for part in parts[1:]:
+            if (part.linears, part.minimum.shape) != (first.linears, first.minimum.shape):
+                raise ValueError(
+                    f"one activation cannot have been read by {first.linears} with minima {tuple(first.minimum.shape)}"
+                    f" and by {part.linears} with minima {tuple(part.minimum.shape)}"
+                )
+        kept = min(part.keys.shape[1] for part in parts)
+        keys = torch.cat([part.keys for part in parts], dim=1)  # [S, sum R], 1 in steps that a part did not visit
+        keys, order = keys.sort(dim=1, stable=True)
+        tokens = torch.cat([part.tokens for part in parts], dim=1)  # [S, sum R, K]
+        tokens = tokens.gather(1, order[:, :kept, None].expand(-1, -1, tokens.shape[2]))
+        merged = replace(
+            first,
+            minimum=torch.stack([part.minimum for part in parts]).amin(dim=0),
+            maximum=torch.stack([part.maximum for part in parts]).amax(dim=0),
+            tokens=tokens,
+            keys=keys[:, :kept].contiguous(),
+        )
+        if first.products is None:
+            return merged
+        added = {name: sum(getattr(part, name) for part in parts) for name in _MOMENTS}
+        return replace(merged, **added)
+
+    def filled(self) -> "SiteStatistics":
+        """With the nearest visited step's in place of a step in which the site was not reached."""
+        seen = self.visited.nonzero().flatten()
+        nearest = seen[(torch.arange(len(self.minimum))[:, None] - seen).abs().argmin(dim=1)]
+        return self.at(nearest)
 
     @property
     def visited(self) -> Tensor:
@@ -98,6 +134,60 @@ class Statistics:
         return replace(
             self, timesteps=self.timesteps[steps], sites={name: site.at(steps) for name, site in self.sites.items()}
         )
+
+    @classmethod
+    def merge(cls, parts: Sequence["Statistics"]) -> "Statistics":
+        """As if one calibration had made the calls of all parts: of processes that calibrated a share of them each.
+
+        The result does not depend on the order of `parts`. Extremes, sums and counts are those of all tokens; each
+        site keeps a sample of all tokens, and the whole inputs that the parts kept are kept together.
+
+        Raises ValueError for no parts, and for parts of other weights, schedules or settings, or that drew the same
+        random numbers: call i of a part is seeded `seed + i`, so a part that begins with call n takes `seed + n`.
+        """
+        if not parts:
+            raise ValueError("there are no statistics to merge; expected those of each process")
+        parts = sorted(parts, key=lambda part: int(part.about["seed"]))
+        first = parts[0]
+        for part in parts[1:]:
+            first._check_mergeable(part)
+        for part, following in zip(parts, parts[1:], strict=False):
+            end = int(part.about["seed"]) + int(part.about["calls_done"])
+            if end > int(following.about["seed"]):
+                raise ValueError(
+                    f"parts with the seeds {part.about['seed']} and {following.about['seed']} drew the same noise, for"
+                    f" the first has {part.about['calls_done']} calls; calibrate a share that begins with call n with"
+                    " seed + n"
+                )
+        names = dict.fromkeys(name for part in parts for name in part.sites)
+        about = dict(first.about)
+        for key in ("calls", "calls_done", "samples"):
+            about[key] = sum(part.about.get(key, 0) for part in parts)
+        about["arguments"] = [argument for part in parts for argument in part.about.get("arguments", ())]
+        return replace(
+            first,
+            sites={name: SiteStatistics.merged([p.sites[name] for p in parts if name in p.sites]) for name in names},
+            about=about,
+            samples=tuple(sample for part in parts for sample in part.samples),
+        )
+
+    def _check_mergeable(self, other: "Statistics") -> None:
+        if not torch.equal(self.fingerprint, other.fingerprint):
+            raise ValueError(
+                "statistics of models with different weights cannot be merged; calibrate the same checkpoint in the"
+                " same dtype in every process"
+            )
+        for key in _SHARED_BY_PARTS:
+            if self.about.get(key) != other.about.get(key):
+                raise ValueError(
+                    f"statistics with another {key} cannot be merged: {self.about.get(key)!r} and"
+                    f" {other.about.get(key)!r}"
+                )
+        if not torch.equal(self.timesteps, other.timesteps):
+            raise ValueError(
+                f"statistics of other timesteps cannot be merged: {self.timesteps.tolist()} and"
+                f" {other.timesteps.tolist()}; calibrate the same steps, and sizes of pictures, in every process"
+            )
 
     @property
     def descending(self) -> bool:

@@ -67,7 +67,8 @@ class TextCache:
         values = [
             kwargs[name] if name in kwargs else args[i] if i < len(args) else None for name, i in self._positions
         ]
-        tensors = [value for value in values if isinstance(value, Tensor) and not value.is_inference()]
+        parts = [part for value in values for part in (value if isinstance(value, tuple | list) else (value,))]
+        tensors = [part for part in parts if isinstance(part, Tensor) and not part.is_inference()]
         self._current = None
         if not tensors or torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             return

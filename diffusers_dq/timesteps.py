@@ -116,6 +116,8 @@ def expand(table: Tensor, boundaries: Boundaries, finer: Boundaries) -> Tensor:
 class TimestepGroups(nn.Module):
     """The group of the current step, a device tensor [P] int64 that quantized layers read; one entry a partition.
 
+    kept: [P, E], the model's boundaries once more, in no file, for when accelerate has offloaded the model's own: it
+    brings those back after forward pre-hooks have run.
     `select` writes it in place from the model's timestep argument: no host synchronisation, no Python number, so one
     compiled graph or CUDA graph serves all steps. A model forward pre-hook calls it.
     activation_bits: of this step, where they change with it (step_policy.py): a Python number, so that torch.compile
@@ -123,11 +125,13 @@ class TimestepGroups(nn.Module):
     """
 
     index: Tensor
+    kept: Tensor
     activation_bits: int | None = None
 
     def __init__(self, partitions: int = 1) -> None:
         super().__init__()
         self.register_buffer("index", torch.zeros(partitions, dtype=torch.long), persistent=False)
+        self.register_buffer("kept", torch.empty(partitions, 0), persistent=False)
 
     def select(self, boundaries: Tensor, timestep: Tensor, descending: bool = True) -> None:
         """boundaries: [P, E] fp32 ascending, padded with inf.   timestep: of any shape; the noisiest entry decides,

@@ -66,10 +66,7 @@ def run_dit() -> Callable[..., torch.Tensor]:
 
 @pytest.fixture(scope="session")
 def tiny_flux() -> Callable[[], Any]:
-    """A function: a FluxPipeline of two narrow blocks that takes embeddings and returns latents.
-
-    Flux stands for the architectures of which the package has no spec.
-    """
+    """A function: a FluxPipeline of two narrow blocks that takes embeddings and returns latents."""
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
     def build() -> FluxPipeline:
@@ -102,6 +99,60 @@ def run_flux() -> Callable[[torch.nn.Module], torch.Tensor]:
             "hidden_states": noise.to(model.dtype),
             "encoder_hidden_states": prompt.to(model.dtype),
             "pooled_projections": pooled.to(model.dtype),
+            "img_ids": torch.zeros(16, 3),
+            "txt_ids": torch.zeros(4, 3),
+        }
+        return torch.stack([model(timestep=torch.tensor([t]), **inputs).sample for t in (0.95, 0.5, 0.02)])
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny_unknown() -> Callable[[], Any]:
+    """A function: a pipeline of two narrow blocks that takes embeddings and returns latents. It stands for the
+    architectures of which the package has no spec: once it has one of Ovis-Image, put another in its place."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, OvisImagePipeline, OvisImageTransformer2DModel
+
+    from diffusers_dq.specs import SPECS
+
+    assert SPECS.get(OvisImageTransformer2DModel.__name__) is None
+
+    def build() -> OvisImagePipeline:
+        torch.manual_seed(0)
+        transformer = OvisImageTransformer2DModel(
+            in_channels=16,
+            out_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            axes_dims_rope=(4, 4, 8),
+        ).eval()
+        encoders = dict.fromkeys(["vae", "text_encoder", "tokenizer"])
+        return OvisImagePipeline(FlowMatchEulerDiscreteScheduler(), transformer=transformer, **encoders)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def unknown_call() -> dict[str, Any]:
+    """Arguments of `tiny_unknown`'s pipeline: a picture of 16 tokens, 4 of text."""
+    embeds = torch.randn(1, 4, 32, generator=torch.Generator().manual_seed(1))
+    return dict(prompt_embeds=embeds, guidance_scale=1.0, height=64, width=64)
+
+
+@pytest.fixture(scope="session")
+def run_unknown() -> Callable[[torch.nn.Module], torch.Tensor]:
+    """A function: what the model of `tiny_unknown` makes of the same noise at three timesteps, [T, 1, 16, 16]."""
+
+    @torch.no_grad()
+    def run(model: Any) -> torch.Tensor:
+        seed = torch.Generator().manual_seed(0)
+        noise, prompt = (torch.randn(1, *shape, generator=seed) for shape in ((16, 16), (4, 32)))
+        inputs = {
+            "hidden_states": noise.to(model.dtype),
+            "encoder_hidden_states": prompt.to(model.dtype),
             "img_ids": torch.zeros(16, 3),
             "txt_ids": torch.zeros(4, 3),
         }

@@ -215,11 +215,11 @@ def test_what_is_no_diffusion_transformer_is_named():
         TimestepArgument.of(tiny_pipeline().vae)
 
 
-def test_linears_of_an_unknown_architecture_are_grouped_by_the_tensor_they_receive(tiny_flux, run_flux):
-    flux = tiny_flux().transformer
-    recorder = _Recorder(flux, seed=0)
+def test_linears_of_an_unknown_architecture_are_grouped_by_the_tensor_they_receive(tiny_unknown, run_unknown):
+    model = tiny_unknown().transformer
+    recorder = _Recorder(model, seed=0)
     with recorder.attached():
-        run_flux(flux)
+        run_unknown(model)
     groups = set(recorder.linears.values())
     block = "transformer_blocks.0.attn"
     assert (f"{block}.to_q", f"{block}.to_k", f"{block}.to_v") in groups

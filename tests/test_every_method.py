@@ -190,28 +190,21 @@ def test_its_transforms_alone_are_the_original_function_where_blocks_share_a_mod
 
 
 @pytest.fixture(scope="module")
-def flux_statistics(tiny_flux) -> dq.Statistics:
-    pipe = tiny_flux()
-    seed = torch.Generator().manual_seed(0)
-    call = dict(
-        prompt_embeds=torch.randn(1, 4, 32, generator=seed),
-        pooled_prompt_embeds=torch.randn(1, 32, generator=seed),
-        height=32,
-        width=32,
-    )
-    return dq.calibrate(pipe, [call], num_inference_steps=4, samples=4, second_moments=True, progress=False)
+def unknown_statistics(tiny_unknown, unknown_call) -> dq.Statistics:
+    settings = dict(num_inference_steps=4, samples=4, second_moments=True, progress=False)
+    return dq.calibrate(tiny_unknown(), [unknown_call], **settings)
 
 
 @pytest.mark.parametrize("method", ["awq", "g4w_p4a", "ptqd", "qdiffusion", "repq", "svdquant", "tfmq"])
-def test_a_model_of_tokens_without_a_spec(method, tiny_flux, run_flux, flux_statistics, tmp_path):
-    pipe = tiny_flux()
-    expected = run_flux(pipe.transformer)
-    dq.quantize(pipe, config(method), statistics=flux_statistics, progress=False)
-    output = run_flux(pipe.transformer)
+def test_a_model_of_tokens_without_a_spec(method, tiny_unknown, run_unknown, unknown_statistics, tmp_path):
+    pipe = tiny_unknown()
+    expected = run_unknown(pipe.transformer)
+    dq.quantize(pipe, config(method), statistics=unknown_statistics, progress=False)
+    output = run_unknown(pipe.transformer)
     assert dq.inspect(pipe).quantized
     assert decibels(output, expected) > 25
     pipe.transformer.save_pretrained(tmp_path)
-    assert torch.equal(run_flux(type(pipe.transformer).from_pretrained(tmp_path)), output)
+    assert torch.equal(run_unknown(type(pipe.transformer).from_pretrained(tmp_path)), output)
 
 
 # Storage, by counting

@@ -34,6 +34,14 @@ def test_an_input_survives_packing_and_equal_tensors_are_kept_once():
         assert restored["more"]["size"] is None
 
 
+def test_a_tuple_stays_a_tuple():
+    """Cosmos tells two contexts from one by it."""
+    sample = capture([], (), {"contexts": (torch.zeros(2), None), "list": [torch.zeros(2)]})
+    (restored,) = unpack(*pack([sample]))
+    assert type(restored["contexts"]) is tuple and restored["contexts"][1] is None
+    assert type(restored["list"]) is list
+
+
 def test_an_object_no_file_could_hold_is_refused_with_a_way_out():
     with pytest.raises(ValueError, match="processor of type object.*samples=0"):
         capture([], (), {"processor": object()})

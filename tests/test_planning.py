@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import DiTPipeline
 from peft import LoraConfig, inject_adapter_in_model
 from support import CALLS, tiny_dit, tiny_pipeline
 from torch import nn
@@ -179,3 +180,27 @@ def test_gptq_asks_for_second_moments_or_samples(statistics):
         plan_of(replace(statistics, samples=()), method="rtn", rounding="gptq")
     with pytest.raises(ValueError, match="needs statistics"):
         plan_of(None, method="rtn", rounding="gptq")
+
+
+def test_an_expert_that_some_steps_do_not_reach_is_taken_as_at_the_nearest_and_said(dit_folder, dit_statistics):
+    pipe = DiTPipeline.from_pretrained(dit_folder)
+    name = "transformer_blocks.0.ff.net.2"
+    site = dit_statistics.sites[name]
+    minimum, maximum = site.minimum.clone(), site.maximum.clone()
+    minimum[2], maximum[2] = torch.inf, -torch.inf
+    holed = replace(site, minimum=minimum, maximum=maximum)
+    assert torch.equal(holed.filled().maximum[2], site.maximum[1]) and holed.filled().visited.all()
+    statistics = replace(dit_statistics, sites={**dit_statistics.sites, name: holed})
+    report = dq.quantize(pipe, dq.DQConfig("htg", groups=2), statistics=statistics, progress=False)
+    step = f"{float(dit_statistics.timesteps[2]):g}"
+    assert f"not reached at 1 calibrated timesteps ({step})" in next(r.reason for r in report.linears if r.name == name)
+
+
+def test_a_linear_that_runs_without_gradients_is_not_said_to_have_learned(dit_folder, dit_statistics):
+    pipe = DiTPipeline.from_pretrained(dit_folder)
+    block = pipe.transformer.transformer_blocks[1]
+    block.ff.forward = torch.no_grad()(block.ff.forward)  # as diffusers runs HiDream's experts
+    config = dq.DQConfig("rtn", weight_bits=4, rounding="adaround", reconstruction=dict(iterations=2))
+    report = dq.quantize(pipe, config, statistics=dit_statistics, progress=False)
+    unlearned = {row.name for row in report.linears if "nothing was learned" in row.reason}
+    assert unlearned == {"transformer_blocks.1.ff.net.0.proj", "transformer_blocks.1.ff.net.2"}

@@ -269,28 +269,22 @@ def test_a_config_that_cannot_be_carried_out_is_an_error(arguments, error, messa
 
 
 @pytest.fixture(scope="module")
-def flux_statistics(tiny_flux):
-    seed = torch.Generator().manual_seed(1)
-    call = {
-        "prompt_embeds": torch.randn(1, 4, 32, generator=seed),
-        "pooled_prompt_embeds": torch.randn(1, 32, generator=seed),
-        "height": 64,
-        "width": 64,
-    }
-    return dq.calibrate(tiny_flux(), [call], num_inference_steps=6, progress=False)
+def unknown_statistics(tiny_unknown, unknown_call):
+    return dq.calibrate(tiny_unknown(), [unknown_call], num_inference_steps=6, progress=False)
 
 
-def test_transforms_alone_leave_an_unknown_architecture_as_it_was(tiny_flux, run_flux, flux_statistics):
-    model = tiny_flux().transformer.double()
-    before = run_flux(model)
-    report = quantize(model, HTG | {"weight_bits": 16, "activation_bits": 16}, statistics=flux_statistics)
+def test_transforms_alone_leave_an_unknown_architecture_as_it_was(tiny_unknown, run_unknown, unknown_statistics):
+    model = tiny_unknown().transformer.double()
+    before = run_unknown(model)
+    report = quantize(model, HTG | {"weight_bits": 16, "activation_bits": 16}, statistics=unknown_statistics)
     assert max(row.groups for row in report.quantized) == 3
-    torch.testing.assert_close(run_flux(model), before, rtol=1e-10, atol=1e-10)  # fp64 rounding of shifts and scales
+    after = run_unknown(model)
+    torch.testing.assert_close(after, before, rtol=1e-10, atol=1e-10)  # fp64 rounding of shifts and scales
 
 
-def test_linears_that_share_an_input_share_a_transform(tiny_flux, flux_statistics):
-    pipe = tiny_flux()
-    report = quantize(pipe, HTG, statistics=flux_statistics)
+def test_linears_that_share_an_input_share_a_transform(tiny_unknown, unknown_statistics):
+    pipe = tiny_unknown()
+    report = quantize(pipe, HTG, statistics=unknown_statistics)
     query, key = (pipe.transformer.get_submodule(f"transformer_blocks.0.attn.to_{letter}") for letter in "qk")
     assert torch.equal(query.input_shift, key.input_shift) and torch.equal(query.input_scale, key.input_scale)
     notes = {row.reason for row in report.quantized}
@@ -298,8 +292,10 @@ def test_linears_that_share_an_input_share_a_transform(tiny_flux, flux_statistic
 
 
 @pytest.mark.parametrize("config", [{"method": "rtn"}, HTG | {"weight_bits": 4}])
-def test_an_unknown_architecture_reloads_to_the_same_bits(tiny_flux, run_flux, flux_statistics, tmp_path, config):
-    model = tiny_flux().transformer
-    quantize(model, config, statistics=flux_statistics)
+def test_an_unknown_architecture_reloads_to_the_same_bits(
+    tiny_unknown, run_unknown, unknown_statistics, tmp_path, config
+):
+    model = tiny_unknown().transformer
+    quantize(model, config, statistics=unknown_statistics)
     model.save_pretrained(tmp_path)
-    assert torch.equal(run_flux(type(model).from_pretrained(tmp_path)), run_flux(model))
+    assert torch.equal(run_unknown(type(model).from_pretrained(tmp_path)), run_unknown(model))

@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
+from diffusers_dq.opensora.loading import pipeline_class
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -22,7 +24,7 @@ def load_pipeline(model: str, dtype: str, device: str) -> DiffusionPipeline:
             f"there is no folder {model}; give the folder of a pipeline or its name on the Hub, owner/name"
         )
     try:
-        pipe = DiffusionPipeline.from_pretrained(model, dtype=DTYPES[dtype])
+        pipe = pipeline_class(model).from_pretrained(model, dtype=DTYPES[dtype])
     except OSError as error:
         reason = str(error).strip().splitlines()[0][:200]
         raise ValueError(

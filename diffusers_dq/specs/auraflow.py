@@ -8,8 +8,8 @@ one linear for the values, which therefore carries changes of the output's input
 
 from torch import nn
 
-from diffusers_dq.specs.base import SPECS, LinearGroup, ModelSpec, TimestepRange
-from diffusers_dq.specs.sd3 import alone, block_names, image_projections, stream_groups, text_projections
+from diffusers_dq.specs.base import SPECS, LinearGroup, ModelSpec, TimestepRange, alone, block_names
+from diffusers_dq.specs.sd3 import image_projections, stream_groups, text_projections
 
 
 @SPECS.register("AuraFlowTransformer2DModel")

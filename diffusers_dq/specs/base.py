@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who feeds whom in a transformer, and what upstream can carry a change of basis."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -186,7 +186,7 @@ class ModelSpec:
 SPECS: Registry[Callable[[nn.Module], ModelSpec]] = Registry("model spec")
 
 # Parts of names that embedders and modulation linears inside blocks go by across diffusers' transformers.
-_CONDITIONING = ("emb", "time", "norm", "adaln", "modulation")
+_CONDITIONING = ("emb", "time", "norm", "adaln", "adaLN", "modulation", "_mod.")
 
 
 def spec_of(model: nn.Module) -> ModelSpec:
@@ -194,11 +194,35 @@ def spec_of(model: nn.Module) -> ModelSpec:
     build = SPECS.get(type(model).__name__)
     if build is not None:
         return build(model)
-    return undescribed((name,) for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    return undescribed(model, ((name,) for name, module in model.named_modules() if isinstance(module, nn.Linear)))
 
 
-def undescribed(groups: Iterable[tuple[str, ...]]) -> ModelSpec:
+def undescribed(model: nn.Module, groups: Iterable[tuple[str, ...]]) -> ModelSpec:
     """Of an architecture without a spec: groups of linears that share an input, as far as they are inside repeated
-    blocks, whose names hold a number. What is outside, embedders, first and last layers, stays in full precision."""
-    inside = (tuple(name for name in group if any(map(str.isdigit, name.split(".")))) for group in groups)
+    blocks. What is outside, embedders, first and last layers, stays in full precision, and so does what is more than
+    an nn.Linear: a subclass may compute something else, or be there for its weight alone (nn.MultiheadAttention)."""
+    blocks = tuple(f"{block}." for block in _repeated_blocks(model))
+    plain = {name for name, module in model.named_modules() if type(module) is nn.Linear}
+    inside = (tuple(name for name in group if name in plain and name.startswith(blocks)) for group in groups)
     return ModelSpec(groups=tuple(LinearGroup(group) for group in inside if group), not_converted=_CONDITIONING)
+
+
+def _repeated_blocks(module: nn.Module, prefix: str = "") -> Iterator[str]:
+    """Names of the outermost numbered members of lists and dicts of modules that hold more than one linear: not the
+    parts of a feed-forward, nor projections of which there is one for each block."""
+    for name, child in module.named_children():
+        linears = sum(isinstance(part, nn.Linear) for part in child.modules())
+        if name.isdigit() and isinstance(module, nn.ModuleList | nn.ModuleDict) and linears > 1:
+            yield f"{prefix}{name}"
+        else:
+            yield from _repeated_blocks(child, f"{prefix}{name}.")
+
+
+def block_names(model: nn.Module, *lists: str) -> list[str]:
+    """Of all blocks of these ModuleLists of the model."""
+    return [f"{name}.{i}" for name in lists for i in range(len(getattr(model, name)))]
+
+
+def alone(*linears: str) -> Iterable[LinearGroup]:
+    """Linears that share their input with no other, and whose input nothing can carry a change of."""
+    return (LinearGroup((linear,)) for linear in linears)

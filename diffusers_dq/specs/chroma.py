@@ -8,9 +8,8 @@ t / 1000.
 
 from torch import nn
 
-from diffusers_dq.specs.base import SPECS, LinearGroup, ModelSpec, ModulationArgument, TimestepRange
+from diffusers_dq.specs.base import SPECS, LinearGroup, ModelSpec, ModulationArgument, TimestepRange, block_names
 from diffusers_dq.specs.flux import joint_groups, single_groups
-from diffusers_dq.specs.sd3 import block_names
 
 
 @SPECS.register("ChromaTransformer2DModel")

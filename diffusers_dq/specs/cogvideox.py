@@ -1,15 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """CogVideoX 1.0 and 1.5 (Zhipu AI, 2024) as diffusers' CogVideoXTransformer3DModel: text and video in one sequence.
 
-Attention and feed-forward have a modulation linear each: shift, scale, gate of the video, then of the text. The two are
-normalized alike, modulated apart and put one after the other before the same linears read them, so a change of basis
-goes into both pairs of chunks. Image-to-video models of 1.5 embed another number ("ofs") beside the timestep.
+Attention and feed-forward have a modulation linear each: shift, scale, gate of the video, then of the text. The two
+are normalized alike, modulated apart and put one after the other before the same linears read them, so a change of
+basis goes into both pairs of chunks. Image-to-video models of 1.5 embed another number ("ofs") beside the timestep.
 """
 
 from torch import nn
 
-from diffusers_dq.specs.base import SPECS, LinearGroup, ModelSpec, ModulatedNorm, TimestepRange, ValueProjection
-from diffusers_dq.specs.sd3 import alone, block_names
+from diffusers_dq.specs.base import (
+    SPECS,
+    LinearGroup,
+    ModelSpec,
+    ModulatedNorm,
+    TimestepRange,
+    ValueProjection,
+    alone,
+    block_names,
+)
 
 _VIDEO_AND_TEXT = ((0, 1), (3, 4))
 

@@ -3,10 +3,10 @@
 
 The modulation of a norm, shift, scale, gate, is what its own two linears make of the timestep, plus one that is made
 once for all norms of all blocks. A change of basis would have to multiply both terms, of which a producer is only one:
-norms carry none yet. Where frames are at different steps (video to video) the modulation is one a token, so the narrow
+norms carry none yet. Where frames are at different steps (some are given) the modulation is one a token, so the narrow
 linears run on tokens; their input is not rounded all the same. Models of 2.5 with a picture as context add a second
-cross-attention, with a query of its own; then the output of both carries no change. Keys and values of text and picture
-do not change with the timestep and their input is a few hundred tokens: they stay in full precision.
+cross-attention, with a query of its own; then the output of both carries no change. Keys and values of text and of the
+picture do not change with the timestep and their input is a few hundred tokens: they stay in full precision.
 
 Pipelines of version 1 pass ln(sigma) / 4 for sigma from 80 to 0.002, later ones numbers from 1 to 0.
 """
@@ -15,24 +15,30 @@ import math
 
 from torch import nn
 
-from diffusers_dq.specs.base import SPECS, LinearGroup, ModelSpec, TimestepRange, ValueProjection
-from diffusers_dq.specs.sd3 import alone, block_names
-
-_PICTURE = ("img_context_proj", "attn2.k_img", "attn2.v_img")
+from diffusers_dq.specs.base import (
+    SPECS,
+    LinearGroup,
+    ModelSpec,
+    TextProjections,
+    TimestepRange,
+    ValueProjection,
+    alone,
+    block_names,
+)
 
 
 @SPECS.register("CosmosTransformer3DModel")
 def cosmos(model: nn.Module) -> ModelSpec:
     blocks = block_names(model, "transformer_blocks")
     picture = hasattr(model, "img_context_proj")
-    left = ["patch_embed", "time_embed", "norm_out", "proj_out", "attn2.to_k", "attn2.to_v"]
-    left += _PICTURE if picture else ()
-    left += ("crossattn_proj",) if hasattr(model, "crossattn_proj") else ()
+    read_once = ("attn2.to_k", "attn2.to_v", *(("attn2.k_img", "attn2.v_img") if picture else ()))
+    contexts = [name for name in ("crossattn_proj", "img_context_proj") if hasattr(model, name)]
     return ModelSpec(
         groups=tuple(group for block in blocks for group in _block_groups(block, picture)),
-        not_converted=tuple(left),
+        not_converted=("patch_embed", "time_embed", "norm_out", "proj_out", *contexts, *read_once),
         weight_only=frozenset(linear for block in blocks for linear in _modulations(block)),
         timestep=TimestepRange(noisiest=math.log(80) / 4, cleanest=math.log(0.002) / 4, per_token=True),
+        text=TextProjections(tuple(f"{block}.{linear}" for block in blocks for linear in read_once)),
     )
 
 

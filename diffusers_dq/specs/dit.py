@@ -15,12 +15,13 @@ from diffusers_dq.specs.base import (
     ModulatedNorm,
     TimestepRange,
     ValueProjection,
+    block_names,
 )
 
 
 @SPECS.register("DiTTransformer2DModel")
 def dit(model: nn.Module) -> ModelSpec:
-    blocks = [f"transformer_blocks.{i}" for i in range(len(model.transformer_blocks))]  # type: ignore[arg-type]
+    blocks = block_names(model, "transformer_blocks")
     return ModelSpec(
         groups=tuple(group for block in blocks for group in _block_groups(block)),
         attention=tuple(

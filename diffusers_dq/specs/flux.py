@@ -9,8 +9,17 @@ guidance scale beside the timestep. Pipelines pass t / 1000.
 
 from torch import nn
 
-from diffusers_dq.specs.base import SPECS, LinearGroup, ModelSpec, ModulatedNorm, Source, TimestepRange
-from diffusers_dq.specs.sd3 import alone, block_names, image_projections, stream_groups, text_stream_groups
+from diffusers_dq.specs.base import (
+    SPECS,
+    LinearGroup,
+    ModelSpec,
+    ModulatedNorm,
+    Source,
+    TimestepRange,
+    alone,
+    block_names,
+)
+from diffusers_dq.specs.sd3 import image_projections, stream_groups, text_stream_groups
 
 
 @SPECS.register("FluxTransformer2DModel")

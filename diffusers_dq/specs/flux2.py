@@ -10,8 +10,16 @@ Pipelines pass t / 1000.
 
 from torch import nn
 
-from diffusers_dq.specs.base import SPECS, LinearGroup, ModelSpec, ModulatedNorm, ModulationArgument, TimestepRange
-from diffusers_dq.specs.sd3 import block_names, image_projections, stream_groups, text_projections
+from diffusers_dq.specs.base import (
+    SPECS,
+    LinearGroup,
+    ModelSpec,
+    ModulatedNorm,
+    ModulationArgument,
+    TimestepRange,
+    block_names,
+)
+from diffusers_dq.specs.sd3 import image_projections, stream_groups, text_projections
 
 
 @SPECS.register("Flux2Transformer2DModel")

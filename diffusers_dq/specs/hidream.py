@@ -6,6 +6,7 @@ the attention, then of the feed-forward, for the picture, and in two-stream bloc
 A router sends each token of the picture to two of four gated feed-forwards, beside a shared one. The router reads the
 modulated norm with a weight that is no linear, so nothing may change what the norm puts out; each expert reads tokens
 of its own. Text, and models without experts, have one gated feed-forward that reads the norm alone.
+diffusers runs the experts without gradients: AdaRound learns nothing of their weights, which go to the nearest.
 """
 
 from typing import Any
@@ -20,8 +21,9 @@ from diffusers_dq.specs.base import (
     Producer,
     TimestepRange,
     ValueProjection,
+    alone,
+    block_names,
 )
-from diffusers_dq.specs.sd3 import alone, block_names
 
 
 @SPECS.register("HiDreamImageTransformer2DModel")

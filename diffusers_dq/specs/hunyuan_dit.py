@@ -8,17 +8,34 @@ The upper half of the blocks reads the lower half's outputs through `skip_linear
 
 from torch import nn
 
-from diffusers_dq.specs.base import SPECS, LinearGroup, ModelSpec, ModulatedNorm, TimestepRange, ValueProjection
+from diffusers_dq.specs.base import (
+    SPECS,
+    LinearGroup,
+    ModelSpec,
+    ModulatedNorm,
+    TextProjections,
+    TimestepRange,
+    ValueProjection,
+    block_names,
+)
+from diffusers_dq.specs.pixart import text_projections
+
+_TEXT = ("encoder_hidden_states", "text_embedding_mask", "encoder_hidden_states_t5", "text_embedding_mask_t5")
 
 
 @SPECS.register("HunyuanDiT2DModel")
 def hunyuan_dit(model: nn.Module) -> ModelSpec:
-    blocks = {f"blocks.{i}": block.skip_linear is not None for i, block in enumerate(model.blocks)}  # type: ignore[arg-type]
+    blocks = block_names(model, "blocks")
     return ModelSpec(
-        groups=tuple(group for block, skips in blocks.items() for group in _block_groups(block, skips)),
+        groups=tuple(
+            group
+            for block in blocks
+            for group in _block_groups(block, skips=model.get_submodule(block).skip_linear is not None)
+        ),
         not_converted=("text_embedder", "time_extra_emb", "norm_out", "proj_out", "attn2.to_k", "attn2.to_v"),
         weight_only=frozenset(f"{block}.norm1.linear" for block in blocks),
         timestep=TimestepRange(noisiest=999),
+        text=TextProjections(text_projections(blocks).linears, _TEXT),
     )
 
 

@@ -7,20 +7,21 @@ frame, or for every patch, so that blocks are called with as many rows as they s
 
 from torch import nn
 
-from diffusers_dq.specs.base import SPECS, ModelSpec, TimestepRange
-from diffusers_dq.specs.pixart import adaln_single_groups
+from diffusers_dq.specs.base import SPECS, ModelSpec, TimestepRange, block_names
+from diffusers_dq.specs.pixart import adaln_single_groups, text_projections
 
 
 @SPECS.register("LatteTransformer3DModel")
 def latte(model: nn.Module) -> ModelSpec:
-    depth = len(model.transformer_blocks)  # type: ignore[arg-type]
+    spatial, temporal = block_names(model, "transformer_blocks"), block_names(model, "temporal_transformer_blocks")
     return ModelSpec(
         groups=tuple(
             group
-            for i in range(depth)
-            for part, reads_text in (("transformer_blocks", True), ("temporal_transformer_blocks", False))
-            for group in adaln_single_groups(f"{part}.{i}", reads_text=reads_text)
+            for blocks, reads_text in ((spatial, True), (temporal, False))
+            for block in blocks
+            for group in adaln_single_groups(block, reads_text=reads_text)
         ),
         not_converted=("adaln_single", "caption_projection", "proj_out", "attn2.to_k", "attn2.to_v"),
         timestep=TimestepRange(noisiest=999),
+        text=text_projections(spatial),
     )

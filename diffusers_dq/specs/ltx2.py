@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """LTX-2 (Lightricks, 2025) as diffusers' LTX2VideoTransformer3DModel: a video and an audio stream, adaLN-single.
 
-A block is called with up to eight modulations, each a projection that all blocks share. `temb` and `temb_audio`:
-shift, scale, gate of the self-attention, of the feed-forward layer and, from LTX-2.3, of the queries to the text, to
-which the block adds a table. `temb_ca_scale_shift` and `temb_ca_audio_scale_shift`: *scale, shift* of a stream where it
-meets the other one, first from audio to video, then from video to audio; the table has a fifth row, for the gate.
-`temb_prompt` and `temb_prompt_audio`, of LTX-2.3: shift, scale of the text. The rest are gates, which nothing reads.
+A block is called with up to eight modulations, each a projection that all blocks share, and adds a table of its own:
+- `temb`, `temb_audio`: shift, scale, gate of self-attention, of the feed-forward layer and, from LTX-2.3 on, of the
+  queries to the text;
+- `temb_ca_scale_shift`, `temb_ca_audio_scale_shift`: *scale, shift* of a stream where it meets the other one, first
+  from audio to video, then from video to audio; their tables have a fifth row, for the gate;
+- `temb_prompt`, `temb_prompt_audio`, of LTX-2.3: shift, scale of the text; LTX-2.5 has the tables alone;
+- two more are gates, which no linear reads.
 
-Where attention is gated (LTX-2.3) the gates are made from the queries' input, so `to_gate_logits` belongs to its group,
-and they multiply the mean of values: a change of basis of what `to_out` reads would have to pass through them, and is
-made online. Skipping self-attention for guidance is no obstacle: values alone are a mean of values too.
+Where attention is gated (LTX-2.3) the gates are made from the queries' input, so `to_gate_logits` is of its group, and
+they multiply the mean of values: a change of what `to_out` reads would have to pass through them, and is made online.
+Guidance that skips self-attention is no obstacle: a value alone is a mean of values too. Keys and values of the text
+stay in full precision, as in other models, though LTX-2.3 modulates them at each step.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -22,20 +26,23 @@ from diffusers_dq.specs.base import (
     ModelSpec,
     ModulatedNorm,
     ModulationArgument,
+    TextProjections,
     TimestepRange,
     ValueProjection,
+    block_names,
 )
 
 
 @SPECS.register("LTX2VideoTransformer3DModel")
 def ltx2(model: nn.Module) -> ModelSpec:
-    config = model.config
+    config: Any = model.config
     prompt_moves = (config.cross_attn_mod or config.audio_cross_attn_mod) and config.use_prompt_adaln_single
     streams = (
         _Stream("", "", config.gated_attn, config.cross_attn_mod, prompt_moves),
         _Stream("audio_", "_audio", config.audio_gated_attn, config.audio_cross_attn_mod, prompt_moves),
     )
-    blocks = [f"transformer_blocks.{i}" for i in range(len(model.transformer_blocks))]  # type: ignore[arg-type]
+    blocks = block_names(model, "transformer_blocks")
+    texts = tuple(f"{block}.{stream.prefix}attn2.to_{name}" for block in blocks for stream in streams for name in "kv")
     return ModelSpec(
         groups=tuple(group for block in blocks for group in _block_groups(block, *streams)),
         not_converted=(
@@ -45,6 +52,9 @@ def ltx2(model: nn.Module) -> ModelSpec:
             *(("prompt_adaln",) if prompt_moves else ()),
         ),
         timestep=TimestepRange(noisiest=1000, per_token=True),
+        text=None
+        if prompt_moves
+        else TextProjections(texts, ("encoder_hidden_states", "audio_encoder_hidden_states")),
     )
 
 

@@ -3,31 +3,40 @@
 
 `norm1.linear` emits scale and gate of the attention, then of the feed-forward layer: it carries scales, while shifts
 are made online. The context refiner, which sees the text alone, has plain norms. Published models share each key and
-value head among three query heads: then one value feeds several channels of the attention's output, and cannot carry
-what is not alike in them. Text and image are one sequence before the first linear that sees both.
+value head among three query heads: then a value feeds three channels of the attention's output, and cannot carry what
+is not alike in them. Text and image are one sequence before the first linear that sees both.
 """
+
+from typing import Any
 
 from torch import nn
 
-from diffusers_dq.specs.base import SPECS, LinearGroup, ModelSpec, ModulatedNorm, TimestepRange, ValueProjection
+from diffusers_dq.specs.base import (
+    SPECS,
+    LinearGroup,
+    ModelSpec,
+    ModulatedNorm,
+    TimestepRange,
+    ValueProjection,
+    block_names,
+)
 
 
 @SPECS.register("Lumina2Transformer2DModel")
 def lumina2(model: nn.Module) -> ModelSpec:
     """Timesteps grow from 0, noise, to 1."""
-    config = model.config
+    config: Any = model.config
     own_values = config.num_kv_heads == config.num_attention_heads
     modulations = {
-        f"{part}.{i}": f"{part}.{i}.norm1.linear" if block.modulation else None
-        for part in ("noise_refiner", "context_refiner", "layers")
-        for i, block in enumerate(getattr(model, part))
+        block: f"{block}.norm1.linear" if model.get_submodule(block).modulation else None
+        for block in block_names(model, "noise_refiner", "context_refiner", "layers")
     }
     projections = ("feed_forward.linear_1", "feed_forward.linear_3", "feed_forward.linear_2")
     return ModelSpec(
         groups=tuple(
             group
             for block, modulation in modulations.items()
-            for group in scaled_block_groups(f"{block}.", "attn", projections, modulation, own_values)
+            for group in scaled_block_groups(block, "attn", projections, modulation, own_values)
         ),
         not_converted=("x_embedder", "time_caption_embed", "norm_out"),
         weight_only=frozenset(filter(None, modulations.values())),
@@ -36,21 +45,21 @@ def lumina2(model: nn.Module) -> ModelSpec:
 
 
 def scaled_block_groups(
-    prefix: str, attention: str, feed_forward: tuple[str, str, str], modulation: str | None, own_values: bool
+    block: str, attention: str, feed_forward: tuple[str, str, str], modulation: str | None, own_values: bool
 ) -> list[LinearGroup]:
     """Of a block whose norms are only scaled, with self-attention and a gated feed-forward layer.
 
-    prefix: of all names but the modulation's.   feed_forward: names of the gate, up and down projections.
+    attention, feed_forward: their names in the block, of the latter those of gate, up and down projections.
     modulation: the linear that emits scale, gate, scale, gate; None where norms are plain.
     own_values: whether each query head has a value head of its own.
     """
-    query, key, value = (f"{prefix}{attention}.to_{letter}" for letter in "qkv")
-    gate, up, down = (f"{prefix}{name}" for name in feed_forward)
+    query, key, value = (f"{block}.{attention}.to_{letter}" for letter in "qkv")
+    gate, up, down = (f"{block}.{name}" for name in feed_forward)
     norms = [None if modulation is None else ModulatedNorm(modulation, chunks=((None, scale),)) for scale in (0, 2)]
     return [
         *([] if modulation is None else [LinearGroup((modulation,))]),
         LinearGroup((query, key, value), norms[0]),
-        LinearGroup((f"{prefix}{attention}.to_out.0",), ValueProjection(value) if own_values else None),
+        LinearGroup((f"{block}.{attention}.to_out.0",), ValueProjection(value) if own_values else None),
         LinearGroup((gate, up), norms[1]),
         LinearGroup((down,)),
     ]

@@ -11,8 +11,7 @@ Pipelines pass an inverted schedule: 0 is pure noise and 1000 the video.
 
 from torch import nn
 
-from diffusers_dq.specs.base import SPECS, LinearGroup, ModelSpec, ModulatedNorm, TimestepRange
-from diffusers_dq.specs.sd3 import alone, block_names
+from diffusers_dq.specs.base import SPECS, LinearGroup, ModelSpec, ModulatedNorm, TimestepRange, alone, block_names
 
 
 @SPECS.register("MochiTransformer3DModel")

@@ -19,12 +19,13 @@ from diffusers_dq.specs.base import (
     TextProjections,
     TimestepRange,
     ValueProjection,
+    block_names,
 )
 
 
 @SPECS.register("PixArtTransformer2DModel")
 def pixart(model: nn.Module) -> ModelSpec:
-    blocks = [f"transformer_blocks.{i}" for i in range(len(model.transformer_blocks))]  # type: ignore[arg-type]
+    blocks = block_names(model, "transformer_blocks")
     return ModelSpec(
         groups=tuple(group for block in blocks for group in adaln_single_groups(block)),
         not_converted=("adaln_single", "caption_projection", "proj_out", "attn2.to_k", "attn2.to_v"),

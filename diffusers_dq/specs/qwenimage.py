@@ -8,8 +8,8 @@ the new picture and at zero for those of the given ones; both are of one timeste
 
 from torch import nn
 
-from diffusers_dq.specs.base import SPECS, LinearGroup, ModelSpec, TimestepRange
-from diffusers_dq.specs.sd3 import alone, block_names, image_projections, stream_groups, text_projections
+from diffusers_dq.specs.base import SPECS, LinearGroup, ModelSpec, TimestepRange, alone, block_names
+from diffusers_dq.specs.sd3 import image_projections, stream_groups, text_projections
 
 
 @SPECS.register("QwenImageTransformer2DModel")

@@ -8,8 +8,6 @@ Values of a joint attention come from two linears, one a stream, and each stream
 would have to be the same in both outputs, so neither carries one. The second self-attention has one.
 """
 
-from collections.abc import Iterable
-
 from torch import nn
 
 from diffusers_dq.specs.base import (
@@ -20,6 +18,8 @@ from diffusers_dq.specs.base import (
     Source,
     TimestepRange,
     ValueProjection,
+    alone,
+    block_names,
 )
 
 
@@ -56,22 +56,12 @@ def _block_groups(block: str, module: nn.Module) -> list[LinearGroup]:
     return [*groups, *text_stream_groups(block, text)]
 
 
-def block_names(model: nn.Module, *lists: str) -> list[str]:
-    """Of all blocks of these ModuleLists of the model."""
-    return [f"{name}.{i}" for name in lists for i in range(len(getattr(model, name)))]
-
-
 def image_projections(block: str) -> tuple[str, ...]:
     return tuple(f"{block}.attn.to_{letter}" for letter in "qkv")
 
 
 def text_projections(block: str) -> tuple[str, ...]:
     return tuple(f"{block}.attn.add_{letter}_proj" for letter in "qkv")
-
-
-def alone(*linears: str) -> Iterable[LinearGroup]:
-    """Linears that share their input with no other, and whose input nothing can carry a change of."""
-    return (LinearGroup((linear,)) for linear in linears)
 
 
 def text_stream_groups(block: str, modulation: Source, first: int = 0) -> list[LinearGroup]:

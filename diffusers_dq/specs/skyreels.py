@@ -7,8 +7,7 @@ tokens, where Wan's has them after. What embeds the frame rate adds to the modul
 
 from torch import nn
 
-from diffusers_dq.specs.base import SPECS, ModelSpec
-from diffusers_dq.specs.sd3 import block_names
+from diffusers_dq.specs.base import SPECS, ModelSpec, block_names
 from diffusers_dq.specs.wan import wan_modulation, wan_spec
 
 

@@ -4,8 +4,8 @@
 One projection of the timestep serves all blocks, which add `scale_shift_table` to it: shift, scale, gate of the
 self-attention, then of the feed-forward; of a sample, [B, 6, C], or of a token, [B, S, 6, C], where the frames of a
 video are at different steps (Wan 2.2 5B). Cross-attention reads a LayerNorm with weights of its own, which does not
-carry a change yet. Image-to-video models of 2.1 add to it an attention over tokens of a picture, whose values come from
-another linear: then its output carries none either. Keys and values of text and picture do not change with the
+carry a change yet. Image-to-video models of 2.1 add to it an attention over tokens of a picture, whose values come
+from another linear: then its output carries none either. Keys and values of text and picture do not change with the
 timestep and their input is a few hundred tokens: they stay in full precision.
 
 Wan 2.2 A14B has two of these models, one for each end of the schedule; this is about one of them.
@@ -21,10 +21,12 @@ from diffusers_dq.specs.base import (
     ModelSpec,
     ModulatedNorm,
     ModulationArgument,
+    TextProjections,
     TimestepRange,
     ValueProjection,
+    alone,
+    block_names,
 )
-from diffusers_dq.specs.sd3 import alone, block_names
 
 
 @SPECS.register("WanTransformer3DModel")
@@ -36,10 +38,9 @@ def wan(model: nn.Module) -> ModelSpec:
 def wan_vace(model: nn.Module) -> ModelSpec:
     """Blocks of the control frames have a projection on the way out, the first of them also one on the way in."""
     control = block_names(model, "vace_blocks")
-    ends = [f"{block}.{end}" for block in control for end in ("proj_in", "proj_out")]
-    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    blocks = [*block_names(model, "blocks"), *control]
-    return wan_spec(model, [wan_modulation(block) for block in blocks], alone(*(end for end in ends if end in linears)))
+    ends = [f"{block}.proj_out" for block in control]
+    modulations = [wan_modulation(block) for block in (*block_names(model, "blocks"), *control)]
+    return wan_spec(model, modulations, alone(f"{control[0]}.proj_in", *ends))
 
 
 def wan_modulation(block: str, axis: int = -2) -> ModulationArgument:
@@ -57,11 +58,15 @@ def wan_spec(
     modulations = list(modulations)
     picture = model.get_submodule(f"{modulations[0].block}.attn2").add_k_proj is not None
     groups = [group for modulation in modulations for group in _block_groups(modulation, picture)]
-    left = ("condition_embedder", "proj_out", "attn2.to_k", "attn2.to_v", *not_converted)
+    read_once = ["attn2.to_k", "attn2.to_v", *(("attn2.add_k_proj", "attn2.add_v_proj") if picture else ())]
     return ModelSpec(
         groups=(*groups, *further),
-        not_converted=(*left, "attn2.add_k_proj", "attn2.add_v_proj") if picture else left,
+        not_converted=("condition_embedder", "proj_out", *read_once, *not_converted),
         timestep=TimestepRange(per_token=True),
+        text=TextProjections(
+            tuple(f"{modulation.block}.{linear}" for modulation in modulations for linear in read_once),
+            ("encoder_hidden_states", *(("encoder_hidden_states_image",) if picture else ())),
+        ),
     )
 
 

@@ -8,29 +8,30 @@ clean tokens; the change that it carries is the same for both.
 
 from torch import nn
 
-from diffusers_dq.specs.base import SPECS, ModelSpec, TimestepRange
+from diffusers_dq.specs.base import SPECS, ModelSpec, TimestepRange, block_names
 from diffusers_dq.specs.lumina2 import scaled_block_groups
-
-_PARTS = ("noise_refiner", "context_refiner", "siglip_refiner", "layers")
 
 
 @SPECS.register("ZImageTransformer2DModel")
 def z_image(model: nn.Module) -> ModelSpec:
     """Timesteps grow from 0, noise, to 1."""
+    siglip = model.siglip_embedder is not None
+    refiners = ("noise_refiner", "context_refiner", *(("siglip_refiner",) if siglip else ()))
     modulations = {
-        f"{part}.{i}": f"{part}.{i}.adaLN_modulation.0" if block.modulation else None
-        for part in _PARTS
-        for i, block in enumerate(getattr(model, part) or ())
+        block: f"{block}.adaLN_modulation.0" if model.get_submodule(block).modulation else None
+        for block in block_names(model, *refiners, "layers")
     }
     projections = ("feed_forward.w1", "feed_forward.w3", "feed_forward.w2")
-    siglip = () if model.siglip_embedder is None else ("siglip_embedder",)
     return ModelSpec(
         groups=tuple(
             group
             for block, modulation in modulations.items()
-            for group in scaled_block_groups(f"{block}.", "attention", projections, modulation, own_values=True)
+            for group in scaled_block_groups(block, "attention", projections, modulation, own_values=True)
         ),
-        not_converted=("all_x_embedder", "t_embedder", "cap_embedder", "all_final_layer", *siglip),
+        not_converted=(
+            *("all_x_embedder", "t_embedder", "cap_embedder", "all_final_layer"),
+            *(("siglip_embedder",) if siglip else ()),
+        ),
         weight_only=frozenset(filter(None, modulations.values())),
         timestep=TimestepRange("t", noisiest=0, cleanest=1),
     )

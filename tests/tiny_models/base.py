@@ -14,9 +14,10 @@ Inputs = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class TinyModel:
-    """cls: name that diffusers exports.   settings: arguments of its constructor.
+    """cls: name that the library exports.   settings: arguments of its constructor.
     inputs: (timestep in the model's own units, generator) -> arguments of forward in fp32, the same for one seed.
     timesteps: three, the noisiest first, as pipelines would pass them.   variant: tells apart several of a class.
+    unset: endings of the names of parameters that the constructor leaves as memory was.
     """
 
     cls: str
@@ -24,6 +25,8 @@ class TinyModel:
     inputs: Callable[[float, torch.Generator], Inputs]
     timesteps: tuple[float, float, float] = (951.0, 499.0, 21.0)
     variant: str = ""
+    library: Any = diffusers
+    unset: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -32,11 +35,13 @@ class TinyModel:
     def build(self, dtype: torch.dtype = torch.float32) -> Any:
         """In evaluation mode; parameters that begin as zeros or ones (tables, gates, norms) are random too."""
         torch.manual_seed(0)
-        model = getattr(diffusers, self.cls)(**self.settings).eval()
+        model = getattr(self.library, self.cls)(**self.settings).eval()
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.min() == parameter.max():
+            for name, parameter in model.named_parameters():
+                if name.endswith(self.unset):
+                    parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+                elif parameter.min() == parameter.max():
                     parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
         return model.to(dtype)
 

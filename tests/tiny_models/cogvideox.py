@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two latent frames and 5 tokens of text: 1.0 with fixed positions, 1.5 (image to video) with rotary ones and "ofs"."""
+"""Two latent frames, 5 tokens of text: 1.0 with fixed positions, 1.5 (image to video) with rotary ones and "ofs"."""
 
 import torch
 

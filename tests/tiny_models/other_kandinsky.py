@@ -37,9 +37,7 @@ def _six(timestep: float, generator: torch.Generator) -> Inputs:
 
 def _super_resolution(timestep: float, generator: torch.Generator) -> Inputs:
     """One tile of 8 by 8 tokens: the smallest that its sparse attention takes."""
-    return dict(
-        hidden_states=torch.randn(1, 1, 8, 8, 9, generator=generator), timestep=torch.tensor([timestep])
-    )
+    return dict(hidden_states=torch.randn(1, 1, 8, 8, 9, generator=generator), timestep=torch.tensor([timestep]))
 
 
 _FIVE = dict(_WIDTHS, **_TEXT, in_visual_dim=4, out_visual_dim=4, axes_dims=(4, 4, 8))

@@ -58,6 +58,7 @@ add(
         dict(_NUCLEUS, num_experts=4, moe_intermediate_dim=32, dense_moe_strategy="leave_first_block_dense"),
         _nucleus,
         _FRACTIONS,
+        unset=("experts.gate_up_proj", "experts.down_proj"),
     )
 )
 

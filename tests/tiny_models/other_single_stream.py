@@ -170,6 +170,7 @@ add(
         ),
         _lumina,
         (0.02, 0.5, 0.95),
+        unset=("pad_token",),
     )
 )
 
@@ -219,9 +220,7 @@ def _prx(timestep: float, generator: torch.Generator) -> Inputs:
 add(
     TinyModel(
         "PRXTransformer2DModel",
-        dict(
-            in_channels=4, patch_size=2, context_in_dim=32, hidden_size=32, mlp_ratio=2.0, num_heads=2, depth=2
-        )
+        dict(in_channels=4, patch_size=2, context_in_dim=32, hidden_size=32, mlp_ratio=2.0, num_heads=2, depth=2)
         | dict(axes_dim=[8, 8]),
         _prx,
         _FRACTIONS,
