@@ -193,7 +193,9 @@ def test_an_expert_that_some_steps_do_not_reach_is_taken_as_at_the_nearest_and_s
     statistics = replace(dit_statistics, sites={**dit_statistics.sites, name: holed})
     report = dq.quantize(pipe, dq.DQConfig("htg", groups=2), statistics=statistics, progress=False)
     step = f"{float(dit_statistics.timesteps[2]):g}"
-    assert f"not reached at 1 calibrated timesteps ({step})" in next(r.reason for r in report.linears if r.name == name)
+    assert f"not reached at 1 calibrated timesteps ({step})" in next(
+        r.reason for r in report.linears if r.name == name
+    )
 
 
 def test_a_linear_that_runs_without_gradients_is_not_said_to_have_learned(dit_folder, dit_statistics):

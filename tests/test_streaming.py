@@ -87,7 +87,12 @@ def test_one_units_moments_are_in_memory_at_a_time(dit_folder, dit_statistics, m
 def test_text_models_whose_prompt_all_blocks_read():
     pipe = tiny_pixart_pipeline()
     statistics = dq.calibrate(pipe, [PIXART_CALL], num_inference_steps=4, samples=4, progress=False)
-    report = dq.quantize(pipe, dq.DQConfig("rtn", rounding="gptq", modules_to_not_convert=["proj_out"]), statistics=statistics, progress=False)
+    report = dq.quantize(
+        pipe,
+        dq.DQConfig("rtn", rounding="gptq", modules_to_not_convert=["proj_out"]),
+        statistics=statistics,
+        progress=False,
+    )
     assert any("attn2.to_k" in row.name and row.bits == "W8A8" for row in report.linears)
 
 

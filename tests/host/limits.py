@@ -44,13 +44,6 @@ LIMITS = (
         "its model is 4 channels wide: scales take what the integers save",
     ),
     Limit(
-        "PixArt",
-        "quantization_modules_to_not_convert",
-        "*",
-        AssertionError,
-        "likewise: with a linear left alone it is smaller",
-    ),
-    Limit(
         "DiT",
         "torch_compile_with_group_offload",
         "*",

@@ -90,7 +90,7 @@ def test_it_says_where_the_timestep_is(tiny):
 
 
 def test_groups_are_those_that_calibration_would_discover(tiny):
-    """Linears that are given the same tensor in one block are in one group, and all of a group are given its values."""
+    """Linears given the same tensor in one block are in one group, and all of a group are given its values."""
     model = tiny.build()
     seen: dict[str, tuple[int, str]] = {}
     values: dict[str, torch.Tensor] = {}
