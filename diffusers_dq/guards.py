@@ -54,17 +54,22 @@ class RefuseAdapters:
     def __init__(self, names: list[str], method: str) -> None:
         self.names = names
         self.method = method
-        self._places: list[tuple[dict[str, Any], str]] = []
+        self._places: list[tuple[dict[str, Any], str, str]] | None = None
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...]) -> None:
         if torch.compiler.is_compiling():
             return
-        if not self._places:
-            parents = (name.rpartition(".") for name in self.names)
-            self._places = [(model.get_submodule(parent)._modules, leaf) for parent, _, leaf in parents]
-        for (siblings, leaf), name in zip(self._places, self.names, strict=True):
-            if type(siblings[leaf]) is not QuantizedLinear:
-                layer = _base(siblings[leaf])
+        if self._places is None:
+            modules = dict(model.named_modules())
+            parents = [(name, *name.rpartition(".")[::2]) for name in self.names]
+            # a parent that is gone has been replaced, its linears with it
+            self._places = [
+                (modules[parent]._modules, leaf, name) for name, parent, leaf in parents if parent in modules
+            ]
+        for siblings, leaf, name in self._places:
+            module = siblings.get(leaf)
+            if module is not None and type(module) is not QuantizedLinear:
+                layer = _base(module)
                 if isinstance(layer, QuantizedLinear) and _changed(layer):
                     raise ValueError(_why_changed(name, layer, self.method))
 

@@ -322,8 +322,8 @@ def test_guards_do_not_keep_the_model_alive(flux):
 
 @pytest.mark.parametrize("kind", ["leaf_level", "block_level"])
 def test_adapters_of_an_offloaded_pipeline(flux, loras, run_flux, kind):
-    place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    expected, pipe = flux("rtn").to(place), flux("rtn")
+    place = torch.device("cpu")
+    expected, pipe = flux("rtn"), flux("rtn")
     pipe.transformer.enable_group_offload(place, torch.device("cpu"), offload_type=kind, num_blocks_per_group=1)
     before = run_flux(expected.transformer)
     assert torch.equal(run_flux(pipe.transformer), before)
