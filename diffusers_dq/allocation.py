@@ -9,11 +9,9 @@ ViDiT-Q's mixed precision (Zhao et al., ICLR 2025) and the "ILP" row of Q-DiT's 
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array
 
 Mode = Literal["joint", "decoupled"]
 
@@ -115,6 +113,9 @@ def _solve(
     cuts: combinations that are over a budget by less than the solver's tolerance: none of them again.
     slack: share of the dearest option that is kept back from each budget besides.
     """
+    from scipy.optimize import Bounds, LinearConstraint, milp  # takes longer to import than this package
+    from scipy.sparse import csr_array
+
     starts = np.cumsum([0, *map(len, errors)])
     gains = np.concatenate([np.asarray(row, float) - min(row) for row in errors])
     gains *= _ERROR_RANGE / (gains.max() or 1.0)
@@ -144,7 +145,11 @@ def _solve(
     return tuple(int(np.argmax(result.x[a:b])) for a, b in zip(starts[:-1], starts[1:], strict=True))
 
 
-def _one_each(starts: np.ndarray) -> LinearConstraint:
+def _one_each(starts: np.ndarray) -> Any:
+    """The constraint that each layer has one option."""
+    from scipy.optimize import LinearConstraint
+    from scipy.sparse import csr_array
+
     total, layers = int(starts[-1]), len(starts) - 1
     of_layer = np.repeat(np.arange(layers), np.diff(starts))
     matrix = csr_array((np.ones(total), (of_layer, np.arange(total))), shape=(layers, total))

@@ -48,6 +48,8 @@ class DQConfig(QuantizationConfigMixin):
     statistics: path of a `Statistics` file, for methods that need calibration.
     group_size, rounding, search, low_rank, output_correction, noise_correction: parts that go with any method; see
         Recipe. None is what the method does by itself.
+    fold: whether what is upstream of a linear may carry its transforms, at no cost. False makes them all in the layer
+        itself, so that every linear reads what the original would: an adapter (LoRA) may sit anywhere then.
     reconstruction: how rounding="adaround" learns, a dict of what `Reconstruction` has.
     guard_steps: (n, m), the first n and last m steps of the calibrated schedule run with activations that are not
         rounded. They are kept as timesteps: (2, 2) of 50 calibrated steps guards twice as many of 100. Written to
@@ -70,6 +72,7 @@ class DQConfig(QuantizationConfigMixin):
         statistics: str | os.PathLike[str] | None = None,
         *,
         preset: Preset | None = None,
+        fold: bool = True,
         group_size: int | None = None,
         rounding: Rounding | None = None,
         search: RangeSearch | None = None,
@@ -103,6 +106,7 @@ class DQConfig(QuantizationConfigMixin):
         check_argument("method", method, str | None)
         settings: dict[str, Any] = {"method": method} if preset is None else settings_of(preset, method)
         check_argument("quantize_attention", quantize_attention, bool | None)
+        check_argument("fold", fold, bool)
         check_argument("reconstruction", reconstruction, Mapping | None)
         check_argument("statistics", statistics, str | os.PathLike | None)
         if not _is_list_of_strings(modules_to_not_convert):
@@ -121,6 +125,7 @@ class DQConfig(QuantizationConfigMixin):
         self.modules_to_not_convert = None if modules_to_not_convert is None else list(modules_to_not_convert)
         self.overrides = {glob: dict(bits) for glob, bits in (overrides or {}).items()}
         self.quantize_attention = quantize_attention
+        self.fold = fold
         self.group_size = group_size
         self.rounding = rounding
         self.search = search

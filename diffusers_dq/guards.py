@@ -202,8 +202,8 @@ def _why_changed(name: str, layer: QuantizedLinear, method: str) -> str:
     return (
         f"method {method!r} has folded transforms into this model: {name} {what}{rest}, and an adapter trained on the"
         " original would be wrong there. Fuse the adapter into the full-precision model (pipe.fuse_lora(),"
-        f" pipe.unload_lora_weights()) and quantize that, or quantize with a method that folds nothing:"
-        f" {_CARRIES_NOTHING}"
+        f" pipe.unload_lora_weights()) and quantize that, or quantize with fold=False, which makes every"
+        f" transform in the layer that asks for it, or with a method that has none: {_CARRIES_NOTHING}"
     )
 
 

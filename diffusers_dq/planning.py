@@ -355,6 +355,8 @@ def _place(
 def _obstacle(group: LinearGroup, chain: Chain, config: DQConfig, plans: Mapping[str, LinearPlan]) -> str | None:
     """Why the chain cannot be carried upstream, or None."""
     producer = group.producer
+    if not config.fold and producer is not None:
+        return "transformed online: fold=False"
     if producer is None:
         return "transformed online: nothing upstream can carry it"
     source = producer.source

@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from diffusers_dq.adaround import SoftLinear, annealed, cosine
 from diffusers_dq.affine import QuantizedWeight
 from diffusers_dq.building import folded, low_rank_of
+from diffusers_dq.files import read_tensors, write_tensors
 from diffusers_dq.linear import QuantizedLinear
 from diffusers_dq.model_inputs import moved
 from diffusers_dq.planning import LinearPlan, Plan
@@ -200,13 +199,8 @@ class Reconstructor:
             parts = plan.decided._asdict()
             if plan.input_range is not None:
                 parts["input_scale"] = plan.input_range.scale
-            tensors |= {f"{name}/{key}": part.cpu().contiguous() for key, part in parts.items() if part is not None}
-        unfinished = self.checkpoint.with_name(f"{self.checkpoint.name}.unfinished")
-        try:
-            save_file(tensors, unfinished, metadata={"diffusers_dq": json.dumps(self.identity, sort_keys=True)})
-            os.replace(unfinished, self.checkpoint)
-        finally:
-            unfinished.unlink(missing_ok=True)
+            tensors |= {f"{name}/{key}": part for key, part in parts.items() if part is not None}
+        write_tensors(self.checkpoint, tensors, self.identity)
 
     def _resume(self) -> set[str]:
         """Linears decided by an earlier run, which are put into the plan. Raises ValueError for another run's file."""
@@ -252,11 +246,9 @@ def _learned(plan: LinearPlan, soft: SoftLinear) -> LinearPlan:
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
-        with safe_open(path, framework="pt") as file:
-            identity = json.loads((file.metadata() or {}).get("diffusers_dq", "null"))
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a dict
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"the checkpoint {path} is damaged ({error}); delete it to start anew") from error
+        identity, tensors = read_tensors(path)
+    except ValueError as error:
+        raise ValueError(f"the checkpoint {error}; delete it to start anew") from error
     if not isinstance(identity, dict):
         raise ValueError(f"{path} is no checkpoint of a reconstruction; give another path")
     return identity, tensors

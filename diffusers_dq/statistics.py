@@ -4,8 +4,8 @@
 Notation: S calibrated steps in the order the pipeline visited them, K channels, R sampled tokens.
 """
 
-import json
 import os
+import tempfile
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from diffusers_dq.files import read_tensors, write_tensors
 from diffusers_dq.model_inputs import ModelInput, pack, unpack
+from diffusers_dq.repository import CommitInfo, HfApi, fetch, open_repository, send, split_repository
 
 FORMAT_VERSION = 1
+FILENAME = "statistics.safetensors"  # in a repository on the Hub
 _FINGERPRINT_TENSORS = 256
 _SITE_TENSORS = ("min", "max", "tokens", "keys")
 _MOMENTS = ("sums", "counts", "products")
@@ -202,7 +203,7 @@ class Statistics:
         """Write one safetensors file; an existing one is replaced only once the new one is whole on disk."""
         tensors = {"timesteps": self.timesteps, "fingerprint": self.fingerprint}
         for name, site in self.sites.items():
-            tensors |= {f"{name}/{key}": value.contiguous() for key, value in site.tensors().items()}
+            tensors |= {f"{name}/{key}": value for key, value in site.tensors().items()}
         structures, of_samples = pack(self.samples)
         tensors |= of_samples
         header = {
@@ -211,31 +212,57 @@ class Statistics:
             "about": dict(self.about),
             "sites": {name: list(site.linears) for name, site in self.sites.items()},
         }
-        target = check_writable(path)
-        unfinished = target.with_name(f"{target.name}.unfinished")
-        try:
-            save_file(tensors, unfinished, metadata={"diffusers_dq": json.dumps(header)})
-            os.replace(unfinished, target)
-        except SafetensorError as error:
-            raise OSError(f"cannot write {target}: {error}") from error
-        finally:
-            unfinished.unlink(missing_ok=True)
+        write_tensors(check_writable(path), tensors, header)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        filename: str = FILENAME,
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload calibration statistics",
+        token: str | bool | None = None,
+        create_pr: bool = False,
+    ) -> CommitInfo:
+        """Upload as one file of a repository, which is made if it is not there; `Statistics.load(repo_id)` reads it.
+
+        The file names the arguments of the calibrated calls, prompts among them. Raises as `repository.explained`.
+        """
+        api = HfApi(token=token)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(Path(folder, FILENAME))
+            repo_id, parent = open_repository(api, repo_id, private=private, revision=revision)
+            return send(
+                api,
+                repo_id,
+                {filename: Path(folder, FILENAME)},
+                message=commit_message,
+                revision=revision,
+                parent=parent,
+                create_pr=create_pr,
+            )
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "Statistics":
-        """Raises FileNotFoundError, or ValueError where the file is not a whole, known statistics file."""
-        if Path(path).is_dir():
-            raise IsADirectoryError(f"{path} is a folder; a statistics file is expected")
-        if not Path(path).is_file():
-            raise FileNotFoundError(
-                f"no statistics file at {path}; make one with dq.calibrate(...).save({str(path)!r})"
-            )
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        filename: str = FILENAME,
+        token: str | bool | None = None,
+    ) -> "Statistics":
+        """From a file or, where there is none, from a repository on the Hub, "user/repo" or "user/repo@revision".
+
+        revision, filename, token: of the repository; they say that it is one, a file of that name or not.
+        Raises FileNotFoundError, ValueError where the file is not a whole, known statistics file, and for a
+        repository as `repository.explained` says.
+        """
+        path = _located(path, revision, filename, token)
         try:
-            with safe_open(path, framework="pt") as file:
-                header = json.loads((file.metadata() or {}).get("diffusers_dq", "null"))
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a dict
-        except (SafetensorError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is damaged or cut short ({error}); calibrate again") from error
+            header, tensors = read_tensors(path)
+        except ValueError as error:
+            raise ValueError(f"{error}; calibrate again") from error
         if not isinstance(header, dict) or not {"format_version", "about", "sites"} <= header.keys():
             raise ValueError(
                 f"{path} is a safetensors file, but not one of statistics; expected one from dq.calibrate"
@@ -323,6 +350,32 @@ def not_finite(site: str, step: int, timestep: float) -> ValueError:
         f"{site} received NaN or infinite values at step {step} (timestep {timestep:g}); statistics of it would be"
         " meaningless. Check the model's dtype (fp16 overflow?) and inputs"
     )
+
+
+def _located(
+    path: str | os.PathLike[str], revision: str | None, filename: str, token: str | bool | None
+) -> str | os.PathLike[str]:
+    """The file itself, downloaded if it is in a repository."""
+    of_hub = (revision, filename, token) != (None, FILENAME, None)
+    if Path(path).is_file() and not of_hub:
+        return path
+    repository = split_repository(path)
+    if repository is None or (Path(path).is_dir() and not of_hub):
+        if Path(path).is_dir():
+            raise IsADirectoryError(f"{path} is a folder; a statistics file is expected")
+        raise FileNotFoundError(
+            f"no statistics file at {path}; make one with dq.calibrate(...).save({str(path)!r}), or give a repository"
+            ' on the Hub, "user/repo" or "user/repo@revision"'
+        )
+    repo_id, named = repository
+    if named is not None and revision not in (None, named):
+        raise ValueError(f"{path} names the revision {named!r}, and revision is {revision!r}: give one of them")
+    try:
+        return fetch(repo_id, filename, revision=revision or named, token=token)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"no statistics: there is no file at {path}, and on the Hub: {error}") from error
+    except (PermissionError, ConnectionError) as error:
+        raise type(error)(f"no statistics: there is no file at {path}, and {error}") from error
 
 
 def check_writable(path: str | os.PathLike[str]) -> Path:

@@ -39,6 +39,7 @@ class TextCache:
         self._wrapped: list[nn.Module] = []
         for name in text.linears:
             linear = model.get_submodule(name)
+            linear = getattr(linear, "base_layer", linear)  # adapters come and go, and are computed anew
             if isinstance(linear, QuantizedLinear) and (linear.layout.rounds_input and stepwise or _switches(linear)):
                 self.left[name] = "it is rounded otherwise from step to step"
                 continue

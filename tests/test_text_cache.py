@@ -3,6 +3,7 @@ import gc
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from support import PIXART_CALL, tiny_pipeline, tiny_pixart_pipeline
 from tiny_models import MODELS
 
@@ -100,6 +101,19 @@ def test_tables_that_switch_are_left_and_said():
     with dq.cache_text(pipe) as cache:
         assert not cache.kept and set(cache.left.values()) == {"it is rounded otherwise from step to step"}
         assert torch.equal(pipe(**run, generator=torch.manual_seed(0)).images, expected)
+
+
+def test_adapters_come_and_go():
+    tiny = MODELS["PixArtTransformer2DModel"]
+    model = tiny.build()
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["attn2.to_v"], init_lora_weights=False), model)
+    layers = [module for module in model.modules() if hasattr(module, "set_adapter") and hasattr(module, "base_layer")]
+    inputs = tiny.inputs(500, torch.Generator().manual_seed(2))
+    with torch.no_grad(), dq.cache_text(model):
+        adapted = model(**inputs).sample
+        for layer in layers:
+            layer.enable_adapters(False)
+        assert not torch.equal(model(**inputs).sample, adapted), "nothing of the adapter may be kept"
 
 
 def test_an_architecture_whose_text_changes_is_refused():

@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
+from diffusers_dq.files import replacing
+
 FORMAT_VERSION = 1
 
 
@@ -59,12 +61,8 @@ class Record:
         if self.path is None:
             return
         content = {"format_version": FORMAT_VERSION, "settings": self.settings, "values": self.values}
-        unfinished = self.path.with_name(f"{self.path.name}.unfinished")
-        try:
+        with replacing(self.path) as unfinished:
             unfinished.write_text(json.dumps(content))
-            os.replace(unfinished, self.path)
-        finally:
-            unfinished.unlink(missing_ok=True)
 
 
 def described(value: Any) -> Any:

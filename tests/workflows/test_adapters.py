@@ -148,6 +148,22 @@ def test_an_adapter_is_exact_beside_transforms_that_the_layer_makes_itself(dit_f
     assert (run_dit(full) - before).norm() > 1e-2 * before.norm()
 
 
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2", "norm1.linear"]
+
+
+def test_without_folds_an_adapter_may_sit_anywhere(dit_folder, dit_statistics, run_dit, tmp_path):
+    full = DiTPipeline.from_pretrained(dit_folder, torch_dtype=torch.float64).transformer
+    quantized = copy.deepcopy(full)
+    config = dq.DQConfig("htg", groups=3, fold=False, **FULL)
+    report = dq.quantize(quantized, config, statistics=dit_statistics, progress=False)
+    assert sum("fold=False" in row.reason for row in report.linears) == 10, "q, k, v, their output, MLP, of two blocks"
+    quantized.save_pretrained(tmp_path)
+    assert type(quantized).from_pretrained(tmp_path).hf_quantizer.quantization_config.fold is False
+    for model in (full, quantized):
+        inject_adapter_in_model(lora(targets=TARGETS), model)
+    torch.testing.assert_close(run_dit(quantized), run_dit(full), rtol=1e-10, atol=1e-10)
+
+
 def test_peft_on_a_class_that_diffusers_gives_no_adapters(dit_folder, run_dit):
     """DiT: the fused block stands back where a wrapper is, wherever it is."""
     full = DiTPipeline.from_pretrained(dit_folder).transformer
@@ -155,7 +171,7 @@ def test_peft_on_a_class_that_diffusers_gives_no_adapters(dit_folder, run_dit):
     quantized = copy.deepcopy(full)
     dq.quantize(quantized, dq.DQConfig("rtn"), progress=False)
     error = float((run_dit(quantized) - run_dit(full)).norm())
-    for target in ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2", "norm1.linear"):
+    for target in TARGETS:
         models = copy.deepcopy(full), copy.deepcopy(quantized)
         for model in models:
             inject_adapter_in_model(lora(targets=[target]), model)
