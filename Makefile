@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-host check style benchmark clean
+.PHONY: demo test test-host test-all coverage check style docs build benchmark clean
 
 # torch first and pinned: an unpinned one pulls gigabytes of CUDA packages, also into pip's build environments
 .venv/installed: pyproject.toml constraints.txt
@@ -21,6 +21,13 @@ test: .venv/installed ## the whole suite
 test-host: .venv/installed ## diffusers' own tests of quantizers on ours: fetched at one commit, from DIFFUSERS_TESTS if set
 	$(BIN)/python tests/host/run.py -n auto
 
+test-all: test test-host ## all there is: the suite, 10,000 fuzzed files, kernels compiled ahead in all their forms
+	DQ_FUZZ_CASES=10000 $(BIN)/python -m pytest -n auto tests/faults/test_fuzzed_files.py
+	DIFFUSERS_DQ_THOROUGH=1 $(BIN)/python -m pytest -n auto tests/kernels/test_compile_ahead.py
+
+coverage: .venv/installed ## lines and branches of both packages that the tests reach; TESTS=path for some of them
+	$(BIN)/python -m pytest -n auto --cov --cov-report=term-missing:skip-covered $(TESTS)
+
 check: .venv/installed ## what a commit must pass: lint, types, import contracts, quick tests
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -30,10 +37,19 @@ check: .venv/installed ## what a commit must pass: lint, types, import contracts
 style: .venv/installed ## reformat
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
+docs: .venv/installed ## the site in site/, with an error for a broken link; its tables from the code
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/python docs/generate.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+build: .venv/installed ## wheel and source distribution in dist/, the wheel built from the latter
+	rm -rf dist
+	$(BIN)/python -m build
+
 benchmark: .venv/installed ## int8 against floating point and the peers on this machine; kernels/README.md from the results
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[benchmark]'
 	$(BIN)/diffusers-dq benchmark all --overwrite
 	$(BIN)/diffusers-dq benchmark report
 
 clean:
-	rm -rf .venv build dist demo_output *.egg-info
+	rm -rf .venv build dist site demo_output .coverage* *.egg-info

@@ -7,6 +7,7 @@ Importing the package registers quant_method "diffusers_dq" with diffusers.
 from diffusers_dq.calibration import calibrate
 from diffusers_dq.config import DQConfig
 from diffusers_dq.evaluation import Comparison, compare
+from diffusers_dq.hub import push_to_hub
 from diffusers_dq.methods import methods
 from diffusers_dq.noise_correction import PTQDScheduler
 from diffusers_dq.quantize import quantize
@@ -32,6 +33,7 @@ __all__ = [
     "compare",
     "inspect",
     "methods",
+    "push_to_hub",
     "quantize",
     "search_bits",
     "search_group_sizes",

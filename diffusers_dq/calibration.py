@@ -2,6 +2,7 @@
 """Runs a pipeline as its user will and observes every linear's input at every denoising step."""
 
 import inspect
+import logging
 import os
 import weakref
 import zlib
@@ -25,6 +26,8 @@ from diffusers_dq.observers import StepObserver
 from diffusers_dq.replay import blocks_of
 from diffusers_dq.specs import SPECS, AttentionSite, spec_of
 from diffusers_dq.statistics import SiteStatistics, Statistics, check_writable, fingerprint_of, not_finite
+
+logger = logging.getLogger(__name__)
 
 
 def calibrate(
@@ -74,6 +77,12 @@ def calibrate(
     transformer = denoiser(pipe, component)
     if getattr(transformer, "is_quantized", False):
         raise ValueError("the transformer is quantized already; calibrate the full-precision model")
+    adapted = next((name for name, module in transformer.named_modules() if hasattr(module, "get_base_layer")), None)
+    if adapted is not None:
+        raise ValueError(
+            f"an adapter sits on {adapted}: statistics would belong neither to the model with it fused nor to the one"
+            " without it. Fuse it (pipe.fuse_lora(), pipe.unload_lora_weights()) or unload it, then calibrate"
+        )
     kept = places(samples, len(calls), num_inference_steps)
     recorder = _Recorder(transformer, seed, second_moments, kept)
     about = _about(pipe, transformer, calls, num_inference_steps, seed)
@@ -101,6 +110,12 @@ def calibrate(
             recorder.check_finite()
             if checkpoint is not None:
                 recorder.statistics(about | {"calls_done": i + 1}).save(checkpoint)
+    if not recorder.timesteps:
+        raise ValueError(
+            f"{component or 'the transformer'} saw no step of these calls, so there is nothing to quantize it by: give"
+            " more num_inference_steps, or calls that reach it (a boundary between two denoisers?)"
+        )
+    recorder.check_range()
     statistics = recorder.statistics(about | {"calls_done": len(calls)})
     quantizer = getattr(transformer, "hf_quantizer", None)
     if quantizer is not None:  # a model loaded as *prepared* remembers what `dq.quantize(pipe)` will need
@@ -313,7 +328,26 @@ class _Recorder:
             observer.pad_to(len(timesteps))
             tensors = (tensor[order] for tensor in observer.to_tensors().values())
             sites[name] = replace(SiteStatistics(self.linears[name], *tensors), products=observer.products)
+        about = about | {"descending": self.descending}
         return Statistics(timesteps[order], sites, fingerprint_of(self.model), about, tuple(self.samples))
+
+    def check_range(self) -> None:
+        """Warns of timesteps that no pipeline of the architecture passes: in other units, groups would be others."""
+        known = spec_of(self.model).timestep
+        if known is None:
+            return
+        low, high = sorted((known.noisiest, known.cleanest))
+        slack = 0.01 * (high - low)
+        odd = [timestep for timestep in self.timesteps if not low - slack <= timestep <= high + slack]
+        if odd:
+            logger.warning(
+                "%s was called at timesteps like %g; its pipelines pass %g (noise) to %g. What is calibrated serves"
+                " calls in the same units alone",
+                type(self.model).__name__,
+                odd[0],
+                known.noisiest,
+                known.cleanest,
+            )
 
     def check_finite(self) -> None:
         """Raises ValueError that names the first step, and in it the first site, that received no numbers."""

@@ -45,7 +45,8 @@ class DQConfig(QuantizationConfigMixin):
     overrides: {glob over module names: {"weight_bits": ..., "activation_bits": ..., "group_size": ...}}, any of the
         three; the last match wins. What a search finds is written here (diffusers_dq/search).
     quantize_attention: also round query, key, value and the probabilities of self-attention.
-    statistics: path of a `Statistics` file, for methods that need calibration.
+    statistics: path of a `Statistics` file, for methods that need calibration, or where no such file is, a repository
+        on the Hub with one: "user/repo" or "user/repo@revision".
     group_size, rounding, search, low_rank, output_correction, noise_correction: parts that go with any method; see
         Recipe. None is what the method does by itself.
     fold: whether what is upstream of a linear may carry its transforms, at no cost. False makes them all in the layer

@@ -126,7 +126,8 @@ class Conversion:
         replay = self._replay()
         exact, quantized = replay.outputs({}), replay.outputs(self._built_so_far)
         pairs = [(timestep, x, y) for (timestep, x), (_, y) in zip(exact, quantized, strict=True)]
-        self.correction = noise_correction.fit(pairs, _noise_channels(self.model))
+        channels = noise_correction.channels_of(exact[0][1], _noise_channels(self.model))
+        self.correction = noise_correction.fit(pairs, channels)
 
     def build_all(self, progress: bool) -> None:
         names = [name for name in self.plan.linears if name not in self.layers]
@@ -187,15 +188,16 @@ class Conversion:
         return self.config.copy(result=description.to_dict(), statistics=None)
 
 
-def _noise_channels(model: Any) -> int:
-    """Of the model's prediction without a learned variance. Raises ValueError where its config does not say."""
+def _noise_channels(model: Any) -> tuple[int, ...]:
+    """That the model's prediction may have, without a learned variance, the likeliest first. Raises ValueError where
+    its config does not say."""
     known = (getattr(model.config, name, None) for name in ("in_channels", "out_channels"))
     inward, outward = (value if isinstance(value, int) else None for value in known)
     if inward is None and outward is None:
         raise ValueError(f"noise_correction: {type(model).__name__}'s config has no in_channels or out_channels")
     if inward is None or outward is None:
-        return inward or outward or 0
-    return inward if outward == 2 * inward else outward
+        return (inward or outward or 0,)
+    return (inward, outward) if outward == 2 * inward else (outward, inward)
 
 
 def spill(layer: nn.Module) -> None:

@@ -123,11 +123,16 @@ def check_calls(pipe: DiffusionPipeline, calls: Sequence[Call]) -> None:
     if not isinstance(pipe, DiffusionPipeline):
         raise ValueError(f"expected a diffusers pipeline, which makes the calls; got {type(pipe).__name__}")
     if not isinstance(calls, Sequence) or not calls or not all(isinstance(call, Mapping) for call in calls):
-        raise ValueError(f"calls must be a non-empty list of dicts, one a call of the pipeline; got {calls!r}")
+        raise ValueError(
+            f"calls must be a non-empty list of dicts, one a call of the pipeline; got {repr(calls)[:80]}"
+            f" ({type(calls).__name__})"
+        )
     signature = inspect.signature(pipe.__call__)
     for i, call in enumerate(calls):
         if "num_inference_steps" in call:
             raise ValueError(f"calls[{i}] sets num_inference_steps; pass it to the function instead, for all calls")
+        if "return_dict" in call:
+            raise ValueError(f"calls[{i}] sets return_dict, which is set for it; leave it out")
         try:
             signature.bind(**call)
         except TypeError as error:

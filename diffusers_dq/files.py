@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+SEAL = "checksum"  # in the result of config.json's quantization_config
 _KEY = "diffusers_dq"  # of what is ours in a safetensors file's metadata
 _CHECKSUM = "diffusers_dq_checksum"
 
@@ -111,49 +112,24 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[Any, dict[str, Tensor]]:
     return header, tensors
 
 
-class Seal:
-    """Ties the weights files of a saved model to one another and to the result in config.json.
+def sealed(result: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The result in config.json with the checksum of all else in it and of the tensors in the files of weights.
 
     diffusers writes config.json, the files of weights and their index one after the other, over those that were there;
-    a process killed in between leaves parts of two models. `metadata` goes into each file of weights; in loading,
-    `open` reads it, `add` is shown each tensor, `check` compares. Files without it, as earlier versions and other
-    programs write them, are not compared.
+    a process killed in between leaves parts of two models, which may fit each other.
     """
-
-    def __init__(self) -> None:
-        self._found: dict[str, str] = {}  # file -> its seal
-        self._tensors = Checksum()
-
-    @staticmethod
-    def metadata(result: Mapping[str, Any] | None, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-        return {_CHECKSUM: Checksum.of(tensors).with_text(_canonical(result))}
-
-    def open(self, files: Sequence[Any]) -> None:
-        for path in (str(path) for path in files or () if isinstance(path, str | os.PathLike)):
-            if path.endswith(".safetensors"):
-                with safe_open(path, framework="pt") as file:
-                    self._found[path] = (file.metadata() or {}).get(_CHECKSUM, "")
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        if any(self._found.values()):
-            self._tensors.add(name, tensor)
-
-    def check(self, result: Mapping[str, Any] | None) -> None:
-        """Raises ValueError where files differ in what they were saved with, or config.json or a tensor is another."""
-        seals = set(self._found.values())
-        if seals in (set(), {""}):
-            return
-        files = ", ".join(Path(path).name for path in self._found)
-        if len(seals) > 1:
-            raise ValueError(
-                f"{files} were not saved together: saving was interrupted, or files were mixed. Save the model again"
-            )
-        if seals != {self._tensors.with_text(_canonical(result))}:
-            raise ValueError(
-                f"{files} and the quantization_config in config.json were not saved together, or one of them is"
-                " damaged: saving was interrupted, or a file was exchanged. Save the model again"
-            )
+    return {**result, SEAL: _seal(result, Checksum.of(tensors))}
 
 
-def _canonical(result: Mapping[str, Any] | None) -> str:
-    return json.dumps(result, sort_keys=True)
+def check_seal(result: Mapping[str, Any], tensors: Checksum) -> None:
+    """Raises ValueError where the tensors that were read are not those that `sealed` saw. A result without a checksum,
+    as earlier versions wrote, is not compared."""
+    if SEAL in result and result[SEAL] != _seal(result, tensors):
+        raise ValueError(
+            "config.json and the weights were not saved together, by the checksum in config.json: saving was"
+            " interrupted, or a file was exchanged, damaged or edited. Save the model again, or load the original files"
+        )
+
+
+def _seal(result: Mapping[str, Any], tensors: Checksum) -> str:
+    return tensors.with_text(json.dumps({key: result[key] for key in result if key != SEAL}, sort_keys=True))

@@ -120,6 +120,12 @@ def _to(model: nn.Module, plain: Callable[..., Any], method: str, *args: Any, **
     return plain(model, *args, **kwargs) if args or kwargs else model
 
 
+def _save_config(model: nn.Module, plain: Callable[..., Any], method: str, *args: Any, **kwargs: Any) -> Any:
+    """With the checksum of the weights that are saved next, by which files that do not belong together are noticed."""
+    model.hf_quantizer.seal(model)  # type: ignore[operator, union-attr]
+    return plain(model, *args, **kwargs)
+
+
 def _fuse_qkv(model: nn.Module, plain: Callable[..., Any], method: str, *args: Any, **kwargs: Any) -> Any:
     raise ValueError(
         f"fuse_qkv_projections joins weights without their scales, which would ruin this quantized"
@@ -209,6 +215,7 @@ def _why_changed(name: str, layer: QuantizedLinear, method: str) -> str:
 
 _GUARDS: dict[str, Callable[..., Any]] = {
     "to": _to,
+    "save_config": _save_config,
     "fuse_qkv_projections": _fuse_qkv,
     "fuse_lora": _fuse_lora,
     "load_lora_adapter": _add_adapter,

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from diffusers_dq import attention, fusion, modulation, noise_correction
 from diffusers_dq.attention import Softmax
+from diffusers_dq.checks import check_argument
 from diffusers_dq.denoise import TimestepArgument
-from diffusers_dq.linear import LinearLayout, QuantizedLinear
+from diffusers_dq.files import SEAL
+from diffusers_dq.linear import ACTIVATION_BITS, LinearLayout, QuantizedLinear
 from diffusers_dq.modulation import Modulation, ModulationLayout
 from diffusers_dq.noise_correction import CorrectOutput, NoiseCorrection
 from diffusers_dq.step_policy import StepBits
@@ -22,6 +24,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 GROUPS = "timestep_groups"
 BOUNDARIES = "timestep_boundaries"
+_MOST_EDGES = 1 << 20  # of a table that a file declares: far above what any schedule has, far below any memory
 _REPEATED = "_repeated_blocks"  # where diffusers looks for what compile_repeated_blocks compiles
 
 
@@ -55,16 +58,50 @@ class Description:
     def __post_init__(self) -> None:
         if not isinstance(self.dtype, torch.dtype):
             raise ValueError(f"{self.dtype!r} is no dtype")
-        followed = {name: layout.partition for name, layout in self.linears.items()}
-        followed |= {name: layout.partition for name, layout in self.modulations.items()}
-        for name, partition in followed.items():
-            if partition >= self.partitions[0]:
-                raise ValueError(f"{name} follows partition {partition} of {self.partitions[0]}")
+        self._check_kinds()
+        partitions, edges = self.partitions
+        followers: dict[str, LinearLayout | ModulationLayout] = {**self.linears, **self.modulations}
+        if not 1 <= partitions <= max(1, len(followers)) or not 0 <= edges <= _MOST_EDGES:
+            raise ValueError(
+                f"partitions are {self.partitions}; of {len(followers)} layers that follow one there are as many at"
+                f" most, of boundaries {_MOST_EDGES}"
+            )
+        for name, layout in followers.items():
+            if layout.partition >= partitions:
+                raise ValueError(f"{name} follows partition {layout.partition} of {partitions}")
+            for table in ("bias_groups", "range_groups", "shift_groups", "offset_groups"):
+                if getattr(layout, table, 0) not in (0, 1, edges + 1):
+                    raise ValueError(f"{name} has {table} {getattr(layout, table)}, there are {edges + 1} groups or 1")
+        if self.noise_correction is not None and not all(0 < n <= _MOST_EDGES for n in self.noise_correction):
+            raise ValueError(f"noise_correction is of {self.noise_correction} steps and channels")
+        for bits in self.step_bits.bits if self.step_bits is not None else ():
+            if bits is not None and (type(bits) is not int or bits not in ACTIVATION_BITS):
+                raise ValueError(f"step_bits are {ACTIVATION_BITS} or null, got {bits!r}")
         for name, first in self.shared.items():
             if not {name, first} <= self.linears.keys():
                 raise ValueError(f"{name} shares its input with {first}; both have to be quantized linears")
             if name.rpartition(".")[0] != first.rpartition(".")[0]:
                 raise ValueError(f"{name} shares its input with {first}, which is in another module")
+        for name, of_block in self.modulations.items():
+            if name.rpartition(".")[2] != of_block.leaf:
+                raise ValueError(f"{name} is of the argument {of_block.argument}, so it is called {of_block.leaf}")
+        if type(self.descending) is not bool:
+            raise ValueError(f"descending is {self.descending!r}; true or false is expected")
+
+    def _check_kinds(self) -> None:
+        """What a file says has been checked by nothing else."""
+        check_argument("descending", self.descending, bool)
+        check_argument("attention_bits", self.attention_bits, int)
+        check_argument("softmax", self.softmax, Softmax)
+        if self.attention and self.attention_bits not in ACTIVATION_BITS:
+            raise ValueError(f"attention_bits are {ACTIVATION_BITS}, got {self.attention_bits}")
+        for field_name in ("tied", "shared", "notes"):
+            pairs = getattr(self, field_name)
+            check_argument(field_name, pairs, Mapping)
+            if not all(isinstance(value, str) for value in pairs.values()):
+                raise ValueError(f"{field_name} must map names to texts, got {pairs!r}")
+        if not all(isinstance(name, str) for name in self.attention):
+            raise ValueError(f"attention must be names, got {self.attention!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -92,7 +129,7 @@ class Description:
                 "noise_correction": _pair(result.get("noise_correction")),
                 "step_bits": StepBits.from_dict(result["step_bits"]) if result.get("step_bits") else None,
             }
-            return cls(**{**result, **parts})
+            return cls(**{**{key: value for key, value in result.items() if key != SEAL}, **parts})
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"the result in config.json's quantization_config cannot be understood ({error!r}): it is damaged or"
@@ -301,6 +338,11 @@ def install_skeleton(model: nn.Module, description: Description) -> None:
         )
     for name in (*description.attention, *description.tied, *description.tied.values()):
         _submodule(model, name, nn.Module)
+    for name in description.attention:
+        if not hasattr(model.get_submodule(name), "processor"):
+            raise ValueError(
+                f"the quantization_config in config.json is damaged: attention names {name!r}, which has no processor"
+            )
     modulations = {}
     for name, of_block in description.modulations.items():
         _submodule(model, name.rpartition(".")[0], nn.Module)

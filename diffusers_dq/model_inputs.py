@@ -84,7 +84,7 @@ def _name_of(tensor: Tensor, tensors: dict[str, Tensor], names: dict[tuple[Any, 
 
 
 def unpack(structures: Sequence[Any], tensors: Mapping[str, Tensor]) -> tuple[ModelInput, ...]:
-    """The inverse of `pack`. Raises KeyError for a tensor that is missing."""
+    """The inverse of `pack`. Raises KeyError for a tensor that is missing, TypeError for what `pack` does not make."""
 
     def unpacked(value: Any) -> Any:
         if isinstance(value, dict):
@@ -95,7 +95,10 @@ def unpack(structures: Sequence[Any], tensors: Mapping[str, Tensor]) -> tuple[Mo
             return {key: unpacked(item) for key, item in value[_DICT].items()}
         return [unpacked(item) for item in value] if isinstance(value, list) else value
 
-    return tuple(unpacked(structure) for structure in structures)
+    samples = tuple(unpacked(structure) for structure in structures)
+    if not all(isinstance(sample, dict) for sample in samples):
+        raise TypeError("a sample is an object of a forward's arguments")
+    return samples
 
 
 def places(samples: int, calls: int, steps: int) -> set[tuple[int, int]]:

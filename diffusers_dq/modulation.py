@@ -17,6 +17,9 @@ from torch.utils.hooks import RemovableHandle
 
 from diffusers_dq.timesteps import TimestepGroups
 
+_AT_ONCE = 1 << 24  # numbers; more are changed in pieces of so many channels
+_PIECE = 1024
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModulationLayout:
@@ -35,8 +38,8 @@ class ModulationLayout:
         for name, least in (("channels", 1), ("offset_groups", 1), ("partition", 0)):
             if type(getattr(self, name)) is not int or getattr(self, name) < least:
                 raise ValueError(f"a modulation's {name} must be at least {least}, got {getattr(self, name)!r}")
-        if type(self.axis) is not int:
-            raise ValueError(f"a modulation's axis must be an integer, got {self.axis!r}")
+        if self.axis not in (-2, 1) or type(self.axis) is not int:
+            raise ValueError(f"a modulation's axis must be -2 or 1, got {self.axis!r}")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -81,9 +84,15 @@ class Modulation(nn.Module):
         return self._changed(chunked.flatten(-2)).view_as(chunked).movedim(-2, self.layout.axis)
 
     def _changed(self, y: Tensor) -> Tensor:
-        """y: [..., R]."""
-        wide = y.to(torch.promote_types(y.dtype, torch.float32))
-        return torch.addcmul(self._row(), wide, self.multiplier).to(y.dtype)
+        """y: [..., R]. A modulation of every token of a video is changed a piece at a time, for the sake of memory."""
+        dtype, row = torch.promote_types(y.dtype, torch.float32), self._row()
+        if y.numel() <= _AT_ONCE:
+            return torch.addcmul(row, y.to(dtype), self.multiplier).to(y.dtype)
+        changed = torch.empty_like(y)
+        for start in range(0, self.layout.channels, _PIECE):
+            piece = slice(start, start + _PIECE)
+            changed[..., piece] = torch.addcmul(row[:, piece], y[..., piece].to(dtype), self.multiplier[piece])
+        return changed
 
     def _row(self) -> Tensor:
         """[1, R], of the current timestep group. Traced, it does not depend on which: blocks share a graph."""
@@ -115,18 +124,24 @@ class ModulateArgument:
         self.argument, self.position, self.leaf = layout.argument, names.index(layout.argument), layout.leaf
 
     def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        modulation = getattr(block, self.leaf)
-        if self.argument in kwargs:
-            return args, {**kwargs, self.argument: modulation(kwargs[self.argument])}
-        if self.position >= len(args) or args[self.position] is None:
+        named = self.argument in kwargs
+        y = kwargs[self.argument] if named else args[self.position] if self.position < len(args) else None
+        if y is None:
             raise ValueError(f"{type(block).__name__} was called without {self.argument}, which its layers count on")
-        changed = modulation(args[self.position])
+        changed = getattr(block, self.leaf)(y)
+        if named:
+            return args, {**kwargs, self.argument: changed}
         return (*args[: self.position], changed, *args[self.position + 1 :]), kwargs
 
 
 def attach(block: nn.Module, modulation: Modulation) -> RemovableHandle:
-    """Let the block's argument pass through the modulation, which becomes a submodule of the block."""
+    """Let the block's argument pass through the modulation, which becomes a submodule of the block.
+
+    Raises ValueError where the block has something of that name, as another modulation of the argument, already.
+    """
     hook = ModulateArgument(block, modulation.layout)
+    if hasattr(block, modulation.layout.leaf):
+        raise ValueError(f"{type(block).__name__} has a {modulation.layout.leaf} already")
     block.add_module(modulation.layout.leaf, modulation)
     return block.register_forward_pre_hook(hook, with_kwargs=True)
 

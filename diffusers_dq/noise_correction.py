@@ -10,7 +10,7 @@ is kept for samplers that add noise of their own: `PTQDScheduler` adds less by a
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -80,6 +80,14 @@ def _channel_axis(sample: Tensor, channels: int) -> int:
             f" {tuple(sample.shape)}"
         )
     return axis
+
+
+def channels_of(sample: Tensor, likely: Sequence[int]) -> int:
+    """The first of these numbers of channels that a prediction has, or has twice; else the first, which `fit` refuses.
+    A model that packs latents into tokens predicts as many as it takes in, whatever its config calls its outputs."""
+    axes = (2, 1) if sample.ndim == 3 else (1, 2)
+    there = [sample.shape[axis] for axis in axes if axis < sample.ndim]
+    return next((channels for channels in likely if {channels, 2 * channels} & set(there)), likely[0])
 
 
 def fit(pairs: Iterable[tuple[Tensor, Tensor, Tensor]], in_channels: int) -> NoiseCorrection:

@@ -28,11 +28,11 @@ from diffusers_dq.methods import Method, Site, Solution
 from diffusers_dq.recipe import Recipe
 from diffusers_dq.replay import Replay
 from diffusers_dq.scheme import QuantScheme
-from diffusers_dq.specs import LinearGroup, ModelSpec, ModulationArgument, RowUpdate, ValueProjection
+from diffusers_dq.specs import LinearGroup, ModelSpec, ModulatedNorm, ModulationArgument, RowUpdate, ValueProjection
 from diffusers_dq.statistics import SiteStatistics, Statistics
 from diffusers_dq.step_policy import StepBits
 from diffusers_dq.timesteps import Boundaries, TimestepGroups, refine
-from diffusers_dq.transforms import Chain
+from diffusers_dq.transforms import Chain, Scale
 
 Rows: TypeAlias = "tuple[tuple[RowUpdate, Boundaries], ...]"  # changes of an output, each with its offsets' partition
 
@@ -193,6 +193,13 @@ def make_plan(
     maxima = None if seen is None else _SampleMaxima(model, seen, [group.name for group in groups])
     sites = [_site(model, group, plans, spec, seen, maxima, config) for group in groups]
     solution = method.solve(sites, None if seen is None else seen.timesteps)
+    widths = {site.name: site.weights[0].shape[1] for site in sites}
+    enlarged = {
+        group.name: _enlarging(solution.chains[group.name], widths[group.name])
+        for group in groups
+        if isinstance(group.producer, ModulatedNorm) and group.name in solution.chains
+    }
+    solution = replace(solution, chains={**solution.chains, **enlarged})
     modulations: dict[ModulationArgument, ModulationPlan] = {}
     for group, site in zip(groups, sites, strict=True):
         _place(group, solution, site.weights[0].shape[1], config, plans, modulations)
@@ -320,6 +327,23 @@ def _statistics_of(group: LinearGroup, statistics: Statistics) -> SiteStatistics
     return site if site.visited.all() else site.filled()
 
 
+_LEAST = 1 / 64  # fp16 ends at 65504, and what a norm puts out may be enlarged as much
+
+
+def _enlarging(chain: Chain, channels: int) -> Chain:
+    """The chain that a norm's modulation is to carry, times the constant with which it makes no channel smaller.
+
+    The model computes scale' = m scale + (m - 1) in its own dtype and then 1 + scale', whose relative error in bf16 is
+    about 2^-9 (1 - m) / m: of a channel that is divided by 30, 29 dB are left. The constant is taken up by the scales
+    of what is rounded; integers and products stay the same.
+    """
+    multiplier, _ = chain.as_affine(channels)
+    least = max(float(multiplier.min()), _LEAST)
+    if least >= 1:
+        return chain
+    return replace(chain, transforms=(*chain.transforms, Scale(torch.full_like(multiplier, least))))
+
+
 def _place(
     group: LinearGroup,
     solution: Solution,
@@ -425,7 +449,10 @@ def _attention_scales(
     if statistics is None:
         raise ValueError("quantize_attention=True needs statistics (query, key and value have static ranges)")
     if not spec.attention:
-        raise ValueError("quantize_attention=True: no spec of this architecture says where its self-attention is")
+        raise ValueError(
+            "quantize_attention=True: no spec of this architecture says where its self-attention is. Pass"
+            " quantize_attention=False (preset='paper' of htg and ptq4dit sets it otherwise)"
+        )
     scales: dict[str, dict[str, Tensor]] = {}
     for site in spec.attention:
         for operand, name in zip(attention.OPERANDS, site.operands, strict=True):

@@ -33,8 +33,9 @@ def quantize(
 
     config: or the path of its JSON file (`config.to_json_file`), as searches save what they find. May be left out for
         a model that was loaded *prepared*, which brings its own.
-    statistics: from `dq.calibrate`, or their path; else the config's path, else what `dq.calibrate` left on a prepared
-        model. With `calls` and `num_inference_steps` (as `dq.calibrate` takes them) it calibrates first.
+    statistics: from `dq.calibrate`, or their path or repository on the Hub; else the config's, else what
+        `dq.calibrate` left on a prepared model. With `calls` and `num_inference_steps` (as `dq.calibrate` takes them)
+        it calibrates first.
 
     checkpoint: of rounding="adaround", written after each unit: the same call again resumes there.
     component: "transformer" or "transformer_2" of a pipeline that has both (Wan 2.2), of which one is quantized.

@@ -18,8 +18,11 @@ import diffusers_dq_kernels as ops
 from diffusers_dq import guards, installation
 from diffusers_dq.config import DQConfig, DQMethod
 from diffusers_dq.conversion import Conversion, convert
+from diffusers_dq.denoise import TimestepArgument
+from diffusers_dq.files import Checksum, check_seal, sealed
 from diffusers_dq.installation import Description
 from diffusers_dq.linear import QuantizedLinear
+from diffusers_dq.modulation import Modulation
 from diffusers_dq.statistics import Statistics
 
 logger = logging.getLogger(__name__)
@@ -49,6 +52,7 @@ class DQQuantizer(DiffusersQuantizer):
         self._conversion: Conversion | None = None
         self._dtype = torch.get_default_dtype()
         self._loaded_keys: set[str] = set()
+        self._checksum = Checksum()
 
     # Before loading
 
@@ -83,6 +87,7 @@ class DQQuantizer(DiffusersQuantizer):
         if self.description is not None:
             installation.install_skeleton(model, self.description)
             return
+        TimestepArgument.of(model)  # raises for what does not denoise, as a VAE
         needs_statistics = config.needs_statistics or bool(config.quantize_attention)
         self.prepared = needs_statistics and config.statistics is None
         if not needs_statistics:
@@ -135,6 +140,7 @@ class DQQuantizer(DiffusersQuantizer):
         """`param_value` has been cast to the model's dtype by now; the tensor of the file is in `state_dict`."""
         stored = state_dict[param_name]
         if self.pre_quantized:
+            self._checksum.add(param_name, stored)
             if self._is_packed(param_name) and stored.dtype == torch.uint8:
                 stored = ops.unpack_int6(stored)
             if stored.shape != _tensor(model, param_name).shape:
@@ -145,7 +151,7 @@ class DQQuantizer(DiffusersQuantizer):
                     f"{param_name} is {stored.dtype} in the file, expected {expected}: the file is damaged"
                 )
             module = model.get_submodule(param_name.rpartition(".")[0])
-            if isinstance(module, QuantizedLinear) and not torch.isfinite(stored).all():
+            if isinstance(module, QuantizedLinear | Modulation) and not torch.isfinite(stored).all():
                 raise ValueError(f"{param_name} holds NaN or infinite values: the file is damaged")
             _set_tensor(model, param_name, (stored.to(expected) if own else param_value).to(target_device))
             if isinstance(module, QuantizedLinear) and module.is_whole:
@@ -166,6 +172,7 @@ class DQQuantizer(DiffusersQuantizer):
         config = self.quantization_config
         self._check_complete(model)
         if self.description is not None:
+            check_seal(config.result or {}, self._checksum)
             installation.check_shared(model, self.description)
             getattr(model, installation.GROUPS).to(model.device)
             self.adopt(model, config.copy(result=self.description.to_dict()))
@@ -247,7 +254,14 @@ class DQQuantizer(DiffusersQuantizer):
                 " (unload_lora_weights, unload_lora), then save the model"
             )
         kept = {key: value for key, value in state_dict.items() if not self._is_tied_copy(key)}
-        return {key: ops.pack_int6(value) if self._is_packed(key) else value for key, value in kept.items()}, {}
+        stored = {key: ops.pack_int6(value) if self._is_packed(key) else value for key, value in kept.items()}
+        return stored, {}
+
+    def seal(self, model: ModelMixin) -> None:
+        """Put the checksum of what will be saved into the configuration that will be."""
+        tensors, _ = self.get_state_dict_and_metadata(model.state_dict(), safe_serialization=True)
+        config: DQConfig = model.config.quantization_config
+        config.result = sealed(config.result or {}, tensors)
 
     def _is_packed(self, key: str) -> bool:
         """Whether a file holds this tensor with four 6-bit values in three bytes; in memory they are int8."""

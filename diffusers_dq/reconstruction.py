@@ -216,14 +216,39 @@ class Reconstructor:
             )
         done = {key.rpartition("/")[0] for key in tensors}
         for name in done:
-            plan = self.linears[name]
-            of_weight = {key: tensors.get(f"{name}/{key}") for key in QuantizedWeight._fields}
-            decided = QuantizedWeight(**moved(of_weight, self.replay.device))
-            found = plan.input_range
-            if found is not None:
-                found = replace(found, scale=tensors[f"{name}/input_scale"])
-            self.linears[name] = replace(plan, decided=decided, input_range=found)
+            self._decide(
+                name, {key: tensors.get(f"{name}/{key}") for key in (*QuantizedWeight._fields, "input_scale")}
+            )
         return done
+
+    def _decide(self, name: str, parts: dict[str, Tensor | None]) -> None:
+        """Put what a checkpoint holds of a linear into the plan. Raises ValueError where it does not fit there."""
+        plan, input_scale = self.linears.get(name), parts.pop("input_scale")
+        found = None if plan is None else plan.input_range
+        fits = plan is not None and _fits(self.model.get_submodule(name), **parts)
+        if not fits or (found is not None and (input_scale is None or input_scale.shape != found.scale.shape)):
+            raise ValueError(
+                f"the checkpoint {self.checkpoint} is damaged: what it holds of {name} does not fit the model; delete"
+                " it to start anew"
+            )
+        assert plan is not None
+        if found is not None and input_scale is not None:
+            found = replace(found, scale=input_scale)
+        decided = QuantizedWeight(**moved(parts, self.replay.device))
+        self.linears[name] = replace(plan, decided=decided, input_range=found)
+
+
+def _fits(linear: Any, integers: Tensor | None, scale: Tensor | None, zero_point: Tensor | None) -> bool:
+    """Whether they are a QuantizedWeight of the linear, in shapes and dtypes, and its scales are numbers."""
+    if integers is None or scale is None or scale.ndim not in (1, 2) or len(scale) != len(linear.weight):
+        return False
+    return (
+        (integers.dtype, integers.shape) == (torch.int8, linear.weight.shape)
+        and scale.is_floating_point()
+        and bool(torch.isfinite(scale).all())
+        and (scale.ndim == 1 or linear.in_features % max(1, scale.shape[1]) == 0)
+        and (zero_point is None or (zero_point.dtype, zero_point.shape) == (torch.int8, scale.shape))
+    )
 
 
 def _loss(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:

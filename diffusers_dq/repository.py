@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files of a repository on the Hugging Face Hub: fetched, sent in one commit, and what to do where either fails."""
 
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, constants, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -96,14 +95,13 @@ def send(
 
 
 @contextmanager
-def explained(
-    verb: str, repo_id: str, revision: str | None = None, filename: str | None = None
-) -> Iterator[None]:
+def explained(verb: str, repo_id: str, revision: str | None = None, filename: str | None = None) -> Iterator[None]:
     """Turns errors of the Hub's client into ours, which say what to do; each is raised `from` the original.
 
     Raises FileNotFoundError where there is no such repository, revision or file, or a private one that the token may
     not see; PermissionError for gated repositories and tokens that are missing, wrong or may not write;
-    ConnectionError without a network or where the server broke off. Other errors pass as they are.
+    ConnectionError without a network or where the server broke off; RuntimeError where someone else has changed the
+    repository in between. Other errors pass as they are.
     """
     where = repo_id + (f"@{revision}" if revision else "")
     try:
@@ -136,7 +134,8 @@ def explained(
         message = _refusal(error, verb, where)
         if message is None:
             raise
-        raise PermissionError(message) from error
+        kind = PermissionError if error.response.status_code in (401, 403) else RuntimeError
+        raise kind(message) from error
     except (OSError, RuntimeError) as error:  # the client wraps what befalls an upload in a RuntimeError
         if isinstance(error, FileNotFoundError | PermissionError) or not _is_of_transport(error):
             raise
@@ -160,10 +159,10 @@ def _refusal(error: HfHubHTTPError, verb: str, where: str) -> str | None:
 
 
 def _unreachable(verb: str, where: str) -> ConnectionError:
-    place = os.environ.get("HF_ENDPOINT", "the Hugging Face Hub")
-    rest = "; what was uploaded so far is not visible, and not uploaded again" * (verb == "upload")
+    rest = "; nothing of it is visible yet, and whole files are not uploaded again" * (verb == "upload")
     return ConnectionError(
-        f"cannot {verb} {where}: {place} cannot be reached, or broke off. Check the network and run the same again{rest}"
+        f"cannot {verb} {where}: {constants.ENDPOINT} cannot be reached, or broke off. Check the network and run the"
+        f" same again{rest}"
     )
 
 

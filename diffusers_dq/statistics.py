@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import CommitInfo, HfApi
 from torch import Tensor, nn
 
 from diffusers_dq.files import read_tensors, write_tensors
 from diffusers_dq.model_inputs import ModelInput, pack, unpack
-from diffusers_dq.repository import CommitInfo, HfApi, fetch, open_repository, send, split_repository
+from diffusers_dq.repository import fetch, open_repository, send, split_repository
 
 FORMAT_VERSION = 1
 FILENAME = "statistics.safetensors"  # in a repository on the Hub
@@ -144,7 +145,8 @@ class Statistics:
         site keeps a sample of all tokens, and the whole inputs that the parts kept are kept together.
 
         Raises ValueError for no parts, and for parts of other weights, schedules or settings, or that drew the same
-        random numbers: call i of a part is seeded `seed + i`, so a part that begins with call n takes `seed + n`.
+        random numbers: call i of a part is seeded `seed + i`, so a part that begins with call n takes `seed + n`. Also
+        where parts discovered other groups of linears, for some of their linears were reached in one part only.
         """
         if not parts:
             raise ValueError("there are no statistics to merge; expected those of each process")
@@ -160,6 +162,7 @@ class Statistics:
                     f" the first has {part.about['calls_done']} calls; calibrate a share that begins with call n with"
                     " seed + n"
                 )
+        _check_groups(parts)
         names = dict.fromkeys(name for part in parts for name in part.sites)
         about = dict(first.about)
         for key in ("calls", "calls_done", "samples"):
@@ -192,8 +195,11 @@ class Statistics:
 
     @property
     def descending(self) -> bool:
-        """Whether the timestep value falls while denoising, as in most models (Lumina and Z-Image rise)."""
-        return len(self.timesteps) < 2 or bool(self.timesteps[0] > self.timesteps[-1])
+        """Whether the timestep value falls while denoising, as in most models (Lumina and Z-Image rise). One step does
+        not show it: then as the model's spec said when it was calibrated."""
+        if len(self.timesteps) < 2:
+            return bool(self.about.get("descending", True))
+        return bool(self.timesteps[0] > self.timesteps[-1])
 
     def input_of(self, linear: str) -> SiteStatistics | None:
         """The site that a linear reads; None where it was never reached."""
@@ -254,7 +260,7 @@ class Statistics:
     ) -> "Statistics":
         """From a file or, where there is none, from a repository on the Hub, "user/repo" or "user/repo@revision".
 
-        revision, filename, token: of the repository; they say that it is one, a file of that name or not.
+        filename: in the repository, or in a folder.   revision, token: of the repository.
         Raises FileNotFoundError, ValueError where the file is not a whole, known statistics file, and for a
         repository as `repository.explained` says.
         """
@@ -278,12 +284,13 @@ class Statistics:
     def _from_parts(
         cls, path: str | os.PathLike[str], header: dict[str, Any], tensors: dict[str, Tensor]
     ) -> "Statistics":
+        _check_header(path, header)
         moments = _MOMENTS if header["about"].get("second_moments") else ()
         kinds = {name: _SITE_TENSORS + (moments if linears else ()) for name, linears in header["sites"].items()}
         expected = {"timesteps", "fingerprint"} | {f"{name}/{key}" for name in kinds for key in kinds[name]}
         try:
             samples = unpack(header.get("samples", []), tensors)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(
                 f"{path} does not hold the samples its header names ({error!r}); calibrate again"
             ) from None
@@ -296,10 +303,10 @@ class Statistics:
             for name, linears in header["sites"].items()
         }
         statistics = cls(tensors["timesteps"], sites, tensors["fingerprint"], header["about"], samples)
-        steps = len(statistics.timesteps)
-        for name, site in sites.items():
-            if site.minimum.shape != site.maximum.shape or len(site.minimum) != steps or len(site.tokens) != steps:
-                raise ValueError(f"{path}: {name} has {tuple(site.minimum.shape)} minima for {steps} timesteps")
+        try:
+            _check_tensors(statistics)
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged: {error}; calibrate again") from None
         return statistics
 
     @property
@@ -345,6 +352,67 @@ class Statistics:
             )
 
 
+def _check_groups(parts: Sequence[Statistics]) -> None:
+    """Raises ValueError where parts disagree on who shares a linear's input: groups of an architecture without a spec
+    are discovered from what calls reach, and named after the first linear that they reach."""
+    groups: dict[str, tuple[str, ...]] = {}
+    for part in parts:
+        for site in part.sites.values():
+            for linear in site.linears:
+                known = groups.setdefault(linear, site.linears)
+                if known != site.linears:
+                    raise ValueError(
+                        f"{linear} shares its input with {known} in one part and with {site.linears} in another:"
+                        f" {part.about.get('model_class')} has no spec, and not all parts reached the same linears."
+                        " Give each process calls that reach all of them, or calibrate all calls in one process"
+                    )
+
+
+def _check_header(path: str | os.PathLike[str], header: Mapping[str, Any]) -> None:
+    """Raises ValueError for what `save` cannot have written."""
+    about, sites = header["about"], header["sites"]
+    sound = isinstance(about, dict) and isinstance(sites, dict) and isinstance(header.get("samples", []), list)
+    lists = list(sites.values()) if sound else []
+    texts = all(isinstance(linears, list) and all(isinstance(name, str) for name in linears) for linears in lists)
+    if not sound or not texts or type(header["format_version"]) is not int:
+        raise ValueError(
+            f"the header of {path} is damaged: about, sites or samples are of a wrong type; calibrate again"
+        )
+    for key, kind in (("model_class", str), ("dtype", str), ("seed", int), ("calls_done", int), ("descending", bool)):
+        if key in about and type(about[key]) is not kind:
+            raise ValueError(f"the header of {path} is damaged: {key} is {about[key]!r}, {kind.__name__} is expected")
+
+
+def _check_tensors(statistics: Statistics) -> None:
+    """Raises ValueError where shapes or dtypes are not those of the docstrings."""
+    steps = len(statistics.timesteps) if statistics.timesteps.ndim else 0
+    _check_tensor("timesteps", statistics.timesteps, torch.float32, (steps,))
+    _check_tensor("fingerprint", statistics.fingerprint, torch.float32, (statistics.fingerprint.numel(),))
+    if not steps or not torch.isfinite(statistics.timesteps).all():
+        raise ValueError(f"its {steps} timesteps are not one number or more")
+    for name, site in statistics.sites.items():
+        channels, kept = (
+            site.minimum.shape[-1] if site.minimum.ndim else 0,
+            site.keys.shape[-1] if site.keys.ndim else 0,
+        )
+        for key, tensor in site.tensors().items():
+            shape, dtype = {
+                "min": ((steps, channels), torch.float32),
+                "max": ((steps, channels), torch.float32),
+                "tokens": ((steps, kept, channels), torch.bfloat16),
+                "keys": ((steps, kept), torch.float32),
+                "sums": ((steps, channels), torch.float32),
+                "counts": ((steps,), torch.int64),
+                "products": ((channels, channels), torch.float32),
+            }[key]
+            _check_tensor(f"{name}/{key}", tensor, dtype, shape)
+
+
+def _check_tensor(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if tensor.dtype != dtype or tensor.shape != shape:
+        raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, {dtype} {shape} is expected")
+
+
 def not_finite(site: str, step: int, timestep: float) -> ValueError:
     return ValueError(
         f"{site} received NaN or infinite values at step {step} (timestep {timestep:g}); statistics of it would be"
@@ -355,14 +423,16 @@ def not_finite(site: str, step: int, timestep: float) -> ValueError:
 def _located(
     path: str | os.PathLike[str], revision: str | None, filename: str, token: str | bool | None
 ) -> str | os.PathLike[str]:
-    """The file itself, downloaded if it is in a repository."""
-    of_hub = (revision, filename, token) != (None, FILENAME, None)
-    if Path(path).is_file() and not of_hub:
-        return path
+    """The file itself, downloaded if it is in a repository. What is here wins, as in diffusers."""
+    here = Path(path, filename) if Path(path).is_dir() else Path(path)
     repository = split_repository(path)
-    if repository is None or (Path(path).is_dir() and not of_hub):
-        if Path(path).is_dir():
-            raise IsADirectoryError(f"{path} is a folder; a statistics file is expected")
+    if Path(path).exists() and revision is not None:
+        raise ValueError(f"revision={revision!r} is of a repository on the Hub, and {path} is here, on this disk")
+    if here.is_file():
+        return here
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"{path} is a folder without {filename}; a statistics file is expected")
+    if repository is None:
         raise FileNotFoundError(
             f"no statistics file at {path}; make one with dq.calibrate(...).save({str(path)!r}), or give a repository"
             ' on the Hub, "user/repo" or "user/repo@revision"'
@@ -372,10 +442,8 @@ def _located(
         raise ValueError(f"{path} names the revision {named!r}, and revision is {revision!r}: give one of them")
     try:
         return fetch(repo_id, filename, revision=revision or named, token=token)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"no statistics: there is no file at {path}, and on the Hub: {error}") from error
-    except (PermissionError, ConnectionError) as error:
-        raise type(error)(f"no statistics: there is no file at {path}, and {error}") from error
+    except (FileNotFoundError, PermissionError, ConnectionError) as error:
+        raise type(error)(f"no statistics: there is no file {here} on this disk, and {error}") from error.__cause__
 
 
 def check_writable(path: str | os.PathLike[str]) -> Path:

@@ -59,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, decibels in comparison.worst_layers(3):
         print(f"least accurate: {name}, {decibels:.1f} dB")
     if arguments.push:
-        quantized.push_to_hub(arguments.push)
+        original = None if arguments.tiny else MODEL
+        dq.push_to_hub(quantized, arguments.push, comparison=comparison, base_model=original)
 
 
 if __name__ == "__main__":

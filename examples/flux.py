@@ -83,7 +83,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     comparison.save(output / "comparison")
     print(f"to full precision: PSNR {comparison.mean_psnr:.1f} dB, SSIM {comparison.mean_ssim:.4f}")
     if arguments.push:
-        quantized.push_to_hub(arguments.push)
+        original = None if tiny else MODEL
+        dq.push_to_hub(quantized, arguments.push, comparison=comparison, base_model=original)
 
 
 if __name__ == "__main__":

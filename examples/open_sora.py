@@ -85,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     reference = placed(full_precision(version, tiny))
     quantized = placed(type(pipe).from_pretrained(output / "pipeline", dtype=pipe.transformer.dtype))
+    comparison = None
     if version == "1.0":
         comparison = dq.compare(reference, quantized, held_out, **run, seed=1000, layers=False)
         comparison.save(output / "comparison")
@@ -92,7 +93,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     x, y = (run_call(p, {**held_out[0], "output_type": "latent"}, **run, seed=1000) for p in (reference, quantized))
     print(f"latents to full precision: SNR {20 * float((x.norm() / (x - y).norm()).log10()):.1f} dB")
     if arguments.push:
-        quantized.push_to_hub(arguments.push)
+        original = None if tiny else CHECKPOINTS[version]["source"]
+        dq.push_to_hub(quantized, arguments.push, comparison=comparison, base_model=original)
 
 
 if __name__ == "__main__":

@@ -405,3 +405,19 @@ def test_second_moments_survive_saving_and_an_interruption(tmp_path):
         for key, tensor in site.tensors().items():
             assert torch.equal(read.sites[name].tensors()[key], tensor)
             assert torch.equal(resumed.sites[name].tensors()[key], tensor), (name, key)
+
+
+def test_adapters_are_refused_before_hours_of_work():
+    from peft import LoraConfig, inject_adapter_in_model
+
+    pipe = tiny_pipeline()
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["to_q"]), pipe.transformer)
+    with pytest.raises(ValueError, match="an adapter sits on transformer_blocks.0.attn1.to_q"):
+        calibrate(pipe)
+
+
+def test_timesteps_in_other_units_are_told(caplog):
+    pipe = tiny_pipeline(num_embeds_ada_norm=5000)
+    pipe.scheduler = DDIMScheduler(num_train_timesteps=5000)
+    calibrate(pipe)
+    assert "its pipelines pass 999 (noise) to 0" in caplog.text

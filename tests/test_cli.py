@@ -2,6 +2,9 @@
 """The command line, from end to end at sizes where nothing takes time."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from typer.testing import CliRunner
 from diffusers_dq.benchmark import plan
 from diffusers_dq.benchmark.variants import VARIANTS
 from diffusers_dq.cli import app
+from diffusers_dq_cli import COMMANDS, load
 
 runner = CliRunner()
 TINY = ("--layers", 1, "--heads", 2, "--head-dim", 32, "--tokens", 16, "--batch", 1, "--rounds", 1, "--device", "cpu")
@@ -76,7 +80,7 @@ def test_one_shape_one_model_and_one_pipeline(tmp_path, monkeypatch):
     ],
 )
 def test_a_mistake_is_a_message_and_nothing_is_measured(arguments, message):
-    text = run("benchmark", *arguments, exit_code=2)
+    text = run("benchmark", *arguments, exit_code=1)
     assert f"error: {message}" in text
     assert "Traceback" not in text
 
@@ -86,7 +90,7 @@ def test_a_place_that_cannot_be_written_is_found_before_anything_is_measured(tmp
     monkeypatch.setattr("diffusers_dq.benchmark.commands.Session.run", lambda *args: pytest.fail("it measures"))
     (tmp_path / "file").write_text("something")
     output = tmp_path / "file" / "r.json"
-    text = run("benchmark", *command, "--device", "cpu", "--output", output, exit_code=2)
+    text = run("benchmark", *command, "--device", "cpu", "--output", output, exit_code=1)
     assert f"error: {output} cannot be written" in text and "give --output a file in a directory" in text
     assert len(text.strip().splitlines()) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
@@ -97,7 +101,7 @@ def test_a_file_that_is_none_of_ours_is_not_resumed(tmp_path, content):
     output = tmp_path / "r.json"
     output.write_text(content)
     arguments = ("gemm", "8x8x8", "--device", "cpu", "--resume", "--output", output)
-    text = run("benchmark", *arguments, exit_code=2)
+    text = run("benchmark", *arguments, exit_code=1)
     assert text.startswith(f"error: {output} ") and len(text.strip().splitlines()) == 1
     assert output.read_text() == content
 
@@ -117,7 +121,7 @@ def test_a_disk_that_fills_up_is_a_message(tmp_path, monkeypatch):
     monkeypatch.setitem(plan.PEAK_SIZE, "cpu", 64)
     monkeypatch.setattr("diffusers_dq.benchmark.results.Results.save", full)
     arguments = ("gemm", "8x8x8", "--rounds", 1, "--device", "cpu", "--output", tmp_path / "r.json")
-    assert "error: [Errno 28] No space left on device" in run("benchmark", *arguments, exit_code=2)
+    assert "error: [Errno 28] No space left on device" in run("benchmark", *arguments, exit_code=1)
 
 
 def test_the_report_goes_into_the_readme_it_is_given(tmp_path):
@@ -135,7 +139,7 @@ def test_a_report_of_nothing_leaves_the_readme_alone(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text("<!-- benchmarks: begin (generated) -->\ntables\n<!-- benchmarks: end -->\n")
     for folder in (tmp_path / "missing", tmp_path):
-        text = run("benchmark", "report", "--results", folder, "--readme", readme, exit_code=2)
+        text = run("benchmark", "report", "--results", folder, "--readme", readme, exit_code=1)
         assert "holds no results to report" in text and "tables" in readme.read_text()
         (tmp_path / "damaged.json").write_text("{")
 
@@ -147,7 +151,7 @@ def test_results_in_the_usual_place_are_replaced_only_when_told(tmp_path, monkey
     run(*arguments)
     (results,) = tmp_path.glob("gemm-*.json")
     before = results.read_text()
-    assert "holds results already: --resume" in run(*arguments, exit_code=2)
+    assert "holds results already: --resume" in run(*arguments, exit_code=1)
     assert results.read_text() == before
     run(*arguments, "--overwrite")
     assert results.read_text() != before
@@ -156,3 +160,105 @@ def test_results_in_the_usual_place_are_replaced_only_when_told(tmp_path, monkey
 def test_help_names_the_commands():
     text = run("benchmark", "--help")
     assert all(name in text for name in ("all", "gemm", "step", "pipeline", "report"))
+
+
+def outside(*arguments, **environment):
+    """A command in a process of its own, as a shell runs it."""
+    code = "from diffusers_dq_cli import app; app(prog_name='diffusers-dq')"
+    return subprocess.run(
+        [sys.executable, *arguments[:-1], "-c", code, *arguments[-1]],
+        capture_output=True, text=True, timeout=120, env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+def test_help_and_completion_of_names_import_neither_torch_nor_diffusers():
+    done = outside("-X", "importtime", ["--help"])
+    assert done.returncode == 0, done.stderr
+    assert all(name in done.stdout for name in COMMANDS)
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
+    assert "typer" in imported, "the list of imports is there"
+    assert not imported & {"torch", "diffusers", "diffusers_dq", "numpy", "transformers"}
+    complete = {"_DIFFUSERS_DQ_COMPLETE": "complete_bash", "COMP_WORDS": "diffusers-dq qu", "COMP_CWORD": "1"}
+    assert outside([], **complete).stdout.split() == ["quantize"]
+
+
+def test_every_command_can_be_loaded_and_says_what_it_does():
+    assert list(COMMANDS) == [
+        "demo", "calibrate", "quantize", "generate", "compare", "inspect", "evaluate", "benchmark", "push", "doctor",
+    ]  # fmt: skip
+    for name in COMMANDS:
+        text = " ".join(run(name, "--help").split())
+        assert f"Usage: diffusers-dq {name}" in text and "--help" in text
+    summaries = {name: " ".join(load(name).help.split()) for name in COMMANDS if name not in ("evaluate", "benchmark")}
+    assert {name: text for name, text in summaries.items() if not text.startswith(COMMANDS[name][1])} == {}
+
+
+def test_options_of_one_meaning_have_one_name_and_one_help():
+    options = {}
+    for name in ("calibrate", "quantize", "generate", "compare", "push", "inspect"):
+        for parameter in load(name).params:
+            if parameter.name in (
+                "prompt",
+                "prompts",
+                "class_labels",
+                "calls",
+                "steps",
+                "seed",
+                "device",
+                "dtype",
+                "json",
+            ):
+                options.setdefault(parameter.name, set()).add((*parameter.opts, parameter.help))
+    assert options and all(len(found) == 1 for found in options.values()), options
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["calibrat"], 2, "No such command 'calibrat'. Did you mean 'calibrate'"),
+        (["calibrate", "model"], 2, "Missing option '--output'"),
+        (["generate", "model", "--output", "{tmp}/o", "--prompt", "a", "--class-labels", "1"], 2, "give one of"),
+        (["generate", "model", "--output", "{tmp}/o", "--class-labels", "3-x"], 2, "--class-labels are numbers"),
+        (["generate", "model", "--output", "{tmp}/o", "--calls", "{tmp}/none"], 2, "is no JSON file"),
+        (["quantize", "model", "--output", "{tmp}/o"], 2, "give --preset (quality, balanced, speed), --method"),
+        (["quantize", "model", "--output", "{tmp}/o", "--method", "rtm"], 2, "rtm"),
+        (["quantize", "model", "--output", "{tmp}/o", "--method", "rtn", "--weight-bits", "5"], 2, "5"),
+        (["quantize", "model", "--output", "{tmp}/o", "--method", "rtn", "--option", "colour=red"], 2, "colour"),
+        (["quantize", "model", "--output", "{tmp}/o", "--config", "c", "--method", "rtn"], 2, "leave out --method"),
+        (["inspect", "{tmp}/none"], 1, "error: there is no folder"),
+        (["generate", "{tmp}/none", "--output", "{tmp}/o"], 1, "error: there is no folder"),
+        (["calibrate", "{tmp}", "--output", "{tmp}/s"], 1, "holds no model_index.json"),
+        (["calibrate", "{tmp}", "--output", "{tmp}/no/s"], 1, "there is no folder {tmp}/no to write s to"),
+        (["generate", "{tmp}", "--output", "{tmp}/o", "--device", "tpu9"], 1, "--device must be a device of torch"),
+        (["push", "{tmp}", "noslash"], 2, "OWNER/NAME is a repository's"),
+    ],
+)  # fmt: skip
+def test_exit_codes_and_messages_of_mistakes(arguments, code, message, tmp_path):
+    arguments = [argument.format(tmp=tmp_path) for argument in arguments]
+    result = runner.invoke(app, arguments)
+    assert result.exit_code == code, result.output
+    assert result.stdout == "" and "Traceback" not in result.output
+    assert message.format(tmp=tmp_path).replace(" ", "") in "".join(result.stderr.replace("│", "").split())
+    if code == 1:
+        assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_what_is_no_error_of_ours_is_one_line_too_and_a_traceback_when_asked_for(monkeypatch):
+    def broken(*args):
+        raise ZeroDivisionError("division\nby zero")
+
+    monkeypatch.setattr("diffusers_dq.commands.inspect.load_pipeline", broken)
+    result = runner.invoke(app, ["inspect", "owner/name"])
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: ZeroDivisionError: division by zero (diffusers-dq --traceback")
+    assert len(result.stderr.splitlines()) == 1
+    assert isinstance(runner.invoke(app, ["--traceback", "inspect", "owner/name"]).exception, ZeroDivisionError)
+
+
+def test_ctrl_c_is_exit_code_130(monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("diffusers_dq.commands.inspect.load_pipeline", interrupted)
+    result = runner.invoke(app, ["inspect", "owner/name"])
+    assert (result.exit_code, result.stderr) == (130, "interrupted\n")

@@ -43,8 +43,9 @@ def test_static_ranges_cover_the_transformed_input_and_no_more(statistics, range
     name = "transformer_blocks.1.attn1.to_q"
     linear, site = plan.linears[name], statistics.sites[name]
     group = group_of(statistics.timesteps, linear.chain.boundaries)
-    shift, scale = linear.chain.transforms
-    low, high = ((bound - shift.z[group]) / scale.s for bound in (site.minimum, site.maximum))
+    shift, scale, *constant = linear.chain.transforms
+    divisor = scale.s * (constant[0].s if constant else 1)
+    low, high = ((bound - shift.z[group]) / divisor for bound in (site.minimum, site.maximum))
     for g in range(3 if ranges == "group" else 1):
         steps = group == g if ranges == "group" else slice(None)
         expected = affine.affine_parameters(low[steps].min(), high[steps].max(), STATIC)
@@ -75,7 +76,7 @@ def test_the_scale_of_a_group_balances_the_largest_weight_of_all_its_linears(sta
     spec, settings = spec_of(model), DQConfig("htg", groups=1, ema=0.0)
     of_this_model = replace(statistics, fingerprint=fingerprint_of(model))
     chain = make_plan(model, spec, settings.make_method(), settings, of_this_model).linears[names[0]].chain
-    shift, scale = chain.transforms
+    shift, scale, *_ = chain.transforms
     site = statistics.sites[names[0]]
     m = torch.maximum(site.maximum[-1] - shift.z[0], shift.z[0] - site.minimum[-1])
     assert torch.allclose(scale.s[5], (m[5] / 7.0).sqrt())
@@ -206,3 +207,13 @@ def test_a_linear_that_runs_without_gradients_is_not_said_to_have_learned(dit_fo
     report = dq.quantize(pipe, config, statistics=dit_statistics, progress=False)
     unlearned = {row.name for row in report.linears if "nothing was learned" in row.reason}
     assert unlearned == {"transformer_blocks.1.ff.net.0.proj", "transformer_blocks.1.ff.net.2"}
+
+
+def test_what_a_norm_carries_makes_no_channel_smaller(statistics):
+    """In bf16 1 + (m scale + (m - 1)) loses what m is below one; to_out's chain is carried by weights, which do not."""
+    _, plan = plan_of(statistics, method="htg", groups=2)
+    for name, linear in plan.linears.items():
+        if linear.chain.transforms and name.endswith(("to_q", "net.0.proj")):
+            multiplier, _ = linear.chain.as_affine(32)
+            assert float(multiplier.min()) == pytest.approx(1) and len(linear.chain.transforms) == 3
+    assert len(plan.linears["transformer_blocks.0.attn1.to_out.0"].chain.transforms) == 2

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DiTTransformer2DModel, DPMSolverMultistepScheduler
 from support import tiny_pipeline
 from tiny_pipelines import PIPELINES
 
@@ -100,6 +100,32 @@ def test_a_site_that_one_part_did_not_reach_is_the_other_parts(parts):
     assert torch.equal(merged.sites[name].maximum, parts[0].sites[name].maximum)
 
 
+class WithoutASpec(DiTTransformer2DModel):
+    """Of which groups of linears are discovered, as calls reach them."""
+
+
+def without_query(attention, hidden_states, **others):
+    """An attention processor that does not reach the first linear of its group."""
+    return attention.to_out[0](attention.to_k(hidden_states) + attention.to_v(hidden_states))
+
+
+def without_value(attention, hidden_states, **others):
+    return attention.to_out[0](attention.to_q(hidden_states) + attention.to_k(hidden_states))
+
+
+@pytest.mark.parametrize("processor, odd", [(without_query, "to_k"), (without_value, "to_q")])
+def test_groups_that_were_discovered_otherwise_are_refused(processor, odd):
+    pipes = [tiny_pipeline(), tiny_pipeline()]
+    for pipe in pipes:
+        pipe.transformer.__class__ = WithoutASpec
+    pipes[1].transformer.transformer_blocks[0].attn1.set_processor(processor)
+    found = [calibrated(i, i + 1, pipe) for i, pipe in enumerate(pipes)]
+    message = f"blocks.0.attn1.{odd} shares its input with .* WithoutASpec has no spec.*calls that reach all"
+    with pytest.raises(ValueError, match=message):
+        dq.Statistics.merge(found)
+    assert dq.Statistics.merge([found[0], calibrated(1, 2, pipes[0])]).sites.keys() == found[0].sites.keys()
+
+
 @pytest.mark.parametrize(
     "other, message",
     [
@@ -128,6 +154,22 @@ def test_an_expanded_timestep_is_kept_in_a_file(tmp_path):
     tiny = PIPELINES["Wan"]  # passes t.expand(batch), which for one video has a stride of 0
     dq.calibrate(tiny.build(), [tiny.call], num_inference_steps=2, checkpoint=path, progress=False)
     assert dq.Statistics.load(path).samples[0]["timestep"].shape == (1,)
+
+
+@pytest.mark.parametrize("name, descending", [("Z-Image", False), ("Wan", True)])
+def test_one_step_falls_or_rises_as_the_spec_says(name, descending, tmp_path):
+    tiny = PIPELINES[name]
+    statistics = dq.calibrate(tiny.build(), [tiny.call], num_inference_steps=1, progress=False)
+    assert len(statistics.timesteps) == 1 and statistics.descending == descending
+    statistics.save(tmp_path / "one.safetensors")
+    assert dq.Statistics.load(tmp_path / "one.safetensors").descending == descending
+    assert dq.Statistics.merge([statistics]).descending == descending
+
+
+@pytest.mark.parametrize("timesteps, descending", [([0.0, 0.5], False), ([900.0, 30.0], True)])
+def test_what_a_schedule_shows_counts_more(timesteps, descending, parts):
+    other = replace(parts[0], timesteps=torch.tensor(timesteps), about={"descending": not descending})
+    assert other.descending == descending
 
 
 def test_no_parts_and_another_linear_are_refused():

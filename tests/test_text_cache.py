@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
+import copy
 import gc
+import threading
 
 import pytest
 import torch
@@ -84,11 +86,119 @@ def test_what_was_kept_goes_with_the_prompt():
     with dq.cache_text(model) as cache, torch.no_grad():
         inputs = tiny.inputs(500, torch.Generator().manual_seed(2))
         model(**inputs)
-        assert len(cache._prompts) == 1
-        cache._current = None
+        assert cache.nbytes == 4 * 2 * 5 * 32 * 4, "K and V in two blocks, batch, tokens, channels of four bytes"
         del inputs
         gc.collect()
-        assert not cache._prompts
+        assert cache.nbytes == 0
+
+
+def many_prompts(count):
+    tiny = MODELS["PixArtTransformer2DModel"]
+    inputs = dict(tiny.inputs(500, torch.Generator().manual_seed(2)))
+    return [inputs | {"encoder_hidden_states": inputs["encoder_hidden_states"] + i} for i in range(count)]
+
+
+def test_of_more_prompts_the_last_are_kept_and_it_is_said(caplog):
+    model = MODELS["PixArtTransformer2DModel"].build()
+    prompts = many_prompts(3)
+    with torch.no_grad(), dq.cache_text(model, prompts=2) as cache:
+        one = None
+        for inputs in prompts:
+            model(**inputs)
+            one = one or cache.nbytes
+        assert cache.nbytes == 2 * one and "more than 2 prompts in turn" in caplog.text
+    with pytest.raises(ValueError, match="prompts must be at least 1"):
+        dq.cache_text(model, prompts=0)
+
+
+def test_threads_do_not_mix_prompts():
+    model = MODELS["PixArtTransformer2DModel"].build()
+    prompts = many_prompts(4)
+    with torch.no_grad():
+        expected = [model(**inputs).sample for inputs in prompts]
+    wrong = []
+
+    def run(i):
+        with torch.no_grad():
+            for _ in range(20):
+                if not torch.equal(model(**prompts[i]).sample, expected[i]):
+                    wrong.append(i)
+
+    with dq.cache_text(model, prompts=4):
+        threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not wrong
+
+
+def test_of_two_arguments_one_of_inference_mode_switches_it_off(caplog):
+    """HunyuanDiT's text and mask, or Wan's text and picture: the other alone does not tell prompts apart."""
+    tiny = next(tiny for tiny in DESCRIBED.values() if len(spec_of(tiny.build()).text.arguments) > 1)
+    model = tiny.build()
+    inputs = dict(tiny.inputs(tiny.timesteps[1], torch.Generator().manual_seed(2)))
+    name = next(n for n in spec_of(model).text.arguments if getattr(inputs[n], "is_floating_point", lambda: False)())
+    with torch.inference_mode():
+        texts = [inputs[name] + i for i in range(2)]
+    with torch.no_grad():
+        expected = [model(**inputs | {name: text}, return_dict=False)[0] for text in texts]
+        with dq.cache_text(model) as cache:
+            for text, output in zip(texts, expected, strict=True):
+                assert torch.equal(model(**inputs | {name: text}, return_dict=False)[0], output)
+            assert cache.nbytes == 0 and "inference_mode" in caplog.text
+
+
+def test_a_changed_weight_and_a_copy_are_noticed():
+    tiny = MODELS["PixArtTransformer2DModel"]
+    model = tiny.build()
+    inputs = tiny.inputs(500, torch.Generator().manual_seed(2))
+    with torch.no_grad(), dq.cache_text(model) as cache:
+        before = model(**inputs).sample
+        twin = copy.deepcopy(model)
+        twin.transformer_blocks[0].attn2.to_v.weight.mul_(2)
+        assert not torch.equal(twin(**inputs).sample, before) and torch.equal(model(**inputs).sample, before)
+        assert cache.nbytes, "the twin's cache is its own"
+        model.transformer_blocks[0].attn2.to_v.weight.mul_(2)
+        assert torch.equal(model(**inputs).sample, twin(**inputs).sample)
+
+
+def test_hooks_that_were_put_over_it_stay_when_it_goes():
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    tiny = MODELS["PixArtTransformer2DModel"]
+    model = tiny.build()
+    inputs = tiny.inputs(500, torch.Generator().manual_seed(2))
+    linear = model.transformer_blocks[0].attn2.to_k
+    calls = []
+
+    class Counts(ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            calls.append(module)
+            return args, kwargs
+
+    with torch.no_grad():
+        expected = model(**inputs).sample
+        with dq.cache_text(model):
+            add_hook_to_module(linear, Counts())
+            assert torch.equal(model(**inputs).sample, expected)
+        assert torch.equal(model(**inputs).sample, expected) and calls == [linear, linear]
+    assert "forward" not in vars(model.transformer_blocks[1].attn2.to_k)
+
+
+def test_with_gradients_and_where_dynamo_traces_everything_is_computed():
+    tiny = MODELS["PixArtTransformer2DModel"]
+    model = tiny.build()
+    inputs = tiny.inputs(500, torch.Generator().manual_seed(2))
+    with dq.cache_text(model) as cache:
+        for _ in range(2):
+            model(**inputs).sample.sum().backward()
+        with torch.no_grad():
+            expected = model(**inputs).sample
+            torch._dynamo.reset()
+            compiled = torch.compile(model, fullgraph=True, backend="eager")
+            assert torch.equal(compiled(**inputs).sample, expected)
+        assert cache.nbytes
 
 
 def test_tables_that_switch_are_left_and_said():

@@ -103,3 +103,34 @@ def test_both_are_quantized_saved_and_loaded(statistics, tmp_path):
         assert dq.inspect(tmp_path, component=name).quantized
     output = again(**CALL, num_inference_steps=STEPS, generator=torch.manual_seed(1), output_type="latent").frames
     assert torch.equal(output, expected)
+
+
+def test_steps_that_never_reach_the_component_are_an_error():
+    with pytest.raises(ValueError, match="transformer_2 saw no step of these calls"):
+        dq.calibrate(build(), [CALL], num_inference_steps=1, component="transformer_2", progress=False)
+
+
+def test_searches_take_one_of_them(statistics):
+    pipe = build()
+    config = dq.DQConfig("rtn", weight_bits=4)
+    found = dq.allocate_bits(
+        pipe, config, statistics["transformer_2"], budget=5.0, metrics="layers", component="transformer_2"
+    )
+    assert found.overrides
+    found = dq.search_group_sizes(
+        pipe,
+        dq.DQConfig("qdit", group_size=32, rounding="nearest"),
+        [CALL],
+        num_inference_steps=STEPS,
+        statistics=statistics["transformer_2"],
+        sizes=(32, 64),
+        population=2,
+        parents=1,
+        generations=1,
+        component="transformer_2",
+        progress=False,
+    )
+    report = dq.quantize(
+        pipe, found, statistics=statistics["transformer_2"], component="transformer_2", progress=False
+    )
+    assert report.quantized and not getattr(pipe.transformer, "is_quantized", False)

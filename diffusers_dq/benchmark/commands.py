@@ -267,4 +267,4 @@ def _told() -> Iterator[None]:
         yield
     except (ValueError, ImportError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
+        raise typer.Exit(1) from error

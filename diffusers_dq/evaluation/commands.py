@@ -56,6 +56,7 @@ def evaluate(
     argument: Annotated[
         list[str] | None, typer.Option(help="of the pipeline's call, as height=512; may repeat")
     ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="metrics.json on stdout too, and nothing else")] = False,
 ) -> None:
     """Samples pictures from a model and measures them: FID, sFID, Inception Score, precision, recall, KID against a
     reference set; PSNR, SSIM, LPIPS against another model with the same seeds; CLIP score of prompts.
@@ -105,6 +106,9 @@ def evaluate(
             **provenance(place),
         }
         write_json(output / "metrics.json", content)
+        if as_json:
+            typer.echo((output / "metrics.json").read_text(encoding="utf-8").rstrip())
+            return
         typer.echo(_table(figures, content))
         typer.echo(f"written: {output / 'metrics.json'}")
 
@@ -186,4 +190,4 @@ def told() -> Iterator[None]:
     except (ValueError, TypeError, ImportError, OSError) as error:
         logging.getLogger(__name__).debug("the traceback", exc_info=True)
         typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
+        raise typer.Exit(1) from error

@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
+from diffusers_dq.evaluation.files import write_whole
 from diffusers_dq.evaluation.metrics import Array
-from diffusers_dq.evaluation.plots import image_grid, layer_heatmap
+from diffusers_dq.evaluation.plots import activation_ranges, image_grid, layer_heatmap, save_figure
+from diffusers_dq.statistics import Statistics
 
 _MOST_COLUMNS = 8  # of the saved grid
 
@@ -68,20 +71,36 @@ class Comparison:
             "left_out": dict(self.left_out),
         }
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write comparison.json (`to_dict`), grid.png (up to 8 pictures: reference, quantized, difference) and, where
-        layers were compared, layer_snr.png. Makes the folder; overwrites these files.
+    def save(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        statistics: Statistics | None = None,
+        model: nn.Module | None = None,
+    ) -> list[Path]:
+        """Write comparison.json (`to_dict`), grid.png (up to 8 pictures: reference, quantized, difference), where
+        layers were compared layer_snr.png, and where there are statistics activation_ranges.png. Makes the folder;
+        overwrites these files, and returns them.
+
+        statistics: of the model's calibration.   model: the quantized transformer, whose timestep groups are drawn.
+        The pictures have a transparent ground and can be read on white and on black.
 
         Raises ImportError without matplotlib, before anything is written.
         """
         heatmap = layer_heatmap(self.layer_snr, self.timesteps) if self.layer_snr else None
+        ranges = activation_ranges(statistics, model) if statistics is not None else None
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        written = [folder / "comparison.json", folder / "grid.png"]
         text = json.dumps(self.to_dict(), indent=1, allow_nan=False)
-        (folder / "comparison.json").write_text(text + "\n", encoding="utf-8")
-        self.grid().save(folder / "grid.png")
-        if heatmap is not None:
-            heatmap.savefig(folder / "layer_snr.png")
+        write_whole(written[0], lambda file: file.write(f"{text}\n".encode()))
+        grid = self.grid()
+        write_whole(written[1], lambda file: grid.save(file, format="png"))
+        for name, figure in (("layer_snr.png", heatmap), ("activation_ranges.png", ranges)):
+            if figure is not None:
+                written.append(folder / name)
+                save_figure(figure, written[-1])
+        return written
 
     def grid(self) -> Any:
         """The first 8 pictures as a PIL image: reference, quantized, their difference amplified, PSNR and SSIM."""

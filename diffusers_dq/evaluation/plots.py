@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures of pictures, of errors by layer and step, of activations over the steps, and of quality against size.
 
-All have a transparent ground and one grey ink, whose contrast is 4.5 to white and 4.7 to black: one file is readable on
-a light page and on a dark one.
+All have a transparent ground and one grey ink, whose contrast is 4.5 to white and 4.6 to black: one file is readable
+on a light page and on a dark one.
 """
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
+from diffusers_dq.evaluation.files import write_whole
 from diffusers_dq.evaluation.metrics import Array, Pictures, optional
 from diffusers_dq.installation import BOUNDARIES
 from diffusers_dq.linear import QuantizedLinear
@@ -23,6 +26,7 @@ from diffusers_dq.statistics import SiteStatistics, Statistics
 
 INK = (118, 118, 118)
 _INK_NAME = "#767676"
+_BLUE, _RED, _ORANGE = "#3d8fd6", "#e0473f", "#e8871e"  # visible on white and on black
 _CLEAR = (255, 255, 255, 0)  # white, for a reader that drops the transparency
 _TILE = 128  # pixels that the longer side of a small picture is brought to
 _GAP = 6
@@ -94,16 +98,20 @@ def layer_heatmap(layer_snr: Mapping[str, Array], timesteps: Array) -> Any:
     """
     if not layer_snr:
         raise ValueError("no layers to show; was compare called with layers=False, or is no linear quantized?")
-    matplotlib, figures = optional("matplotlib"), optional("matplotlib.figure")
+    matplotlib = optional("matplotlib")
     table = np.ma.masked_invalid(np.stack(list(layer_snr.values())))  # [linears, S]
     names = _short_names(list(layer_snr))
     height = float(np.clip(1.4 + 0.17 * len(names), 3, 14))
-    figure = figures.Figure(figsize=(9, height), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
-    colormap = matplotlib.colormaps["magma"].with_extremes(bad="0.8")
+    figure = _figure(width=9, height=height)
+    with _inked():
+        axes = figure.add_subplot()
+    colormap = matplotlib.colormaps["magma"].with_extremes(bad="0.5")
     low, high = _color_range(table)
     image = axes.pcolormesh(table, cmap=colormap, vmin=low, vmax=high)
-    figure.colorbar(image, ax=axes, label="SNR of the output, dB (dark: worse)", extend="both", pad=0.02)
+    bar = figure.colorbar(image, ax=axes, extend="both", pad=0.02)
+    bar.set_label("SNR of the output, dB (dark: worse)", fontsize=9)
+    bar.ax.tick_params(labelsize=8)
+    _ink(bar.ax)
 
     every = -(-len(names) // 70)
     axes.set_yticks(np.arange(0, len(names), every) + 0.5, names[::every], fontsize=7)
@@ -113,6 +121,7 @@ def layer_heatmap(layer_snr: Mapping[str, Array], timesteps: Array) -> Any:
     axes.invert_yaxis()
     axes.set_xlabel("timestep, from noise to picture")
     axes.set_title("Error of the quantized linears on the full-precision trajectory", fontsize=10)
+    _ink(axes)
     return figure
 
 
@@ -126,3 +135,227 @@ def _short_names(names: Sequence[str]) -> list[str]:
     """Without the dotted parts that all begin with."""
     common = os.path.commonprefix(list(names)).rpartition(".")
     return [name.removeprefix(common[0] + common[1]) for name in names]
+
+
+def activation_ranges(
+    statistics: Statistics, model: nn.Module | None = None, sites: Sequence[str] = (), *, most: int = 4
+) -> Any:
+    """What activations do over the timesteps, and where a quantized model changes its parameters, as a matplotlib
+    Figure: a row an activation, from noise on the left to the picture on the right.
+
+    Left, as HTG's figure 1: the range of all channels, and middle and range (dotted) of the three whose middle moves
+    most. Right, as PTQ4DiT's figure 4: how max |x| is spread over the channels, and the three largest, on a
+    logarithmic axis.
+    model: a quantized transformer; dashed lines are the group boundaries of the linears that read the activation,
+        numbers their groups from noise on.
+    sites: names in `statistics.sites`, or of linears that read them; by default the `most` inputs of linears whose
+        channels change most over the steps: of those that have groups, where the model has any, and of every kind the
+        one that changes most before the second of a kind.
+
+    Raises ValueError for an unknown site, or where no activation was seen at two steps; ImportError without
+    matplotlib.
+    """
+    grouped = {} if model is None else {n: _boundaries(model, s.linears) for n, s in statistics.sites.items()}
+    chosen = [_site_of(statistics, name) for name in sites] or _most_changing(statistics, grouped, most)
+    if not chosen:
+        raise ValueError("no activation to show: the statistics hold no input of a linear that two steps reached")
+    figure = _figure(width=11, height=1.0 + 2.0 * len(chosen))
+    timesteps = statistics.timesteps.numpy()
+    with _inked():
+        panels = figure.subplots(len(chosen), 2, sharex=True, squeeze=False)
+    for row, name in zip(panels, chosen, strict=True):
+        boundaries = grouped.get(name, [])
+        groups = f": {len(boundaries) + 1} timestep group{'s' * bool(boundaries)}" if model is not None else ""
+        row[0].set_title(f"{name}{groups}", fontsize=9, loc="left", pad=12)
+        _draw_signed(row[0], timesteps, statistics.sites[name])
+        _draw_magnitudes(row[1], timesteps, statistics.sites[name])
+        for axes in row:
+            _draw_groups(axes, timesteps, boundaries, statistics.descending)
+            axes.tick_params(which="both", labelsize=7)
+            _ink(axes)
+    if statistics.descending:
+        panels[0, 0].invert_xaxis()
+    for column, title in zip(panels.T, ("range of channels", "max |x| of a channel"), strict=True):
+        column[-1].set_xlabel("timestep, from noise to picture", fontsize=8)
+        for axes in column:
+            axes.set_ylabel(title, fontsize=8)
+        handles = {label: handle for axes in column for handle, label in zip(*axes.get_legend_handles_labels())}  # noqa: B905
+        column[-1].legend(
+            handles.values(), handles.keys(), fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.3), ncols=3,
+            frameon=False, labelcolor=_INK_NAME, columnspacing=1.2,
+        )  # fmt: skip
+    return figure
+
+
+def quality_against_size(points: Mapping[str, tuple[int, float]], *, reference_bytes: int | None = None) -> Any:
+    """PSNR against the bytes of the weights, a point a quantized model, as a matplotlib Figure.
+
+    points: label -> (bytes, dB); a PSNR of inf, of pictures that are equal, is drawn as a triangle on the upper edge.
+    reference_bytes: of the model in full precision, which the axis names.
+
+    Points that no other beats in both are joined. Raises ValueError without points or for NaN or sizes that are not
+    positive, ImportError without matplotlib.
+    """
+    if not points:
+        raise ValueError("no models to show; expected label -> (bytes, dB) of at least one")
+    for label, (nbytes, decibels) in points.items():
+        if nbytes <= 0 or np.isnan(decibels):
+            raise ValueError(f"{label} has {nbytes} bytes and a PSNR of {decibels}; expected a size and dB")
+    figure = _figure(width=7, height=4.4)
+    with _inked():
+        axes = figure.add_subplot()
+    unit, scale = ("GB", 1e9) if max(nbytes for nbytes, _ in points.values()) >= 1e9 else ("MB", 1e6)
+    finite = [decibels for _, decibels in points.values() if np.isfinite(decibels)]
+    ceiling = max(finite, default=60.0) + 4
+    drawn = {label: (nbytes / scale, min(decibels, ceiling)) for label, (nbytes, decibels) in points.items()}
+    front = _front(drawn.values())
+    axes.plot(
+        *zip(*front, strict=True), color=_INK_NAME, linewidth=1, linestyle=":", alpha=0.7, drawstyle="steps-post",
+        label="no other beats these",
+    )  # fmt: skip
+    sizes = [size for size, _ in drawn.values()]
+    middle = (min(sizes) + max(sizes)) / 2
+    for i, (label, (size, decibels)) in enumerate(drawn.items()):
+        equal = not np.isfinite(points[label][1])
+        axes.plot(size, decibels, "^" if equal else "o", color=f"C{i % 10}", markersize=8, label="_")
+        text = f"{label}: equal pictures" if equal else f"{label}: {decibels:.1f} dB"
+        left = size > middle
+        axes.annotate(
+            text, (size, decibels), xytext=(-8 if left else 8, -9), textcoords="offset points", fontsize=8,
+            color=_INK_NAME, ha="right" if left else "left", va="center",
+        )  # fmt: skip
+    axes.margins(x=0.12 if len(drawn) > 1 else 0.5, y=0.15)
+    full = f" (full precision: {reference_bytes / scale:,.2f} {unit})" if reference_bytes else ""
+    axes.set_xlabel(f"weights of the transformer, {unit}{full}", fontsize=9)
+    axes.set_ylabel("PSNR to full precision, dB", fontsize=9)
+    axes.set_title("Quality against size, same seeds", fontsize=10)
+    axes.tick_params(labelsize=8)
+    axes.legend(fontsize=8, frameon=False, labelcolor=_INK_NAME, loc="best")
+    _ink(axes)
+    return figure
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """As PNG, whole or not at all, on a transparent ground."""
+    write_whole(path, lambda file: figure.savefig(file, format="png", transparent=True))
+
+
+def _front(points: Any) -> list[tuple[float, float]]:
+    """Those that no other is both smaller and better than, by size."""
+    front: list[tuple[float, float]] = []
+    for size, decibels in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not front or decibels > front[-1][1]:
+            front.append((size, decibels))
+    return front
+
+
+def _figure(width: float, height: float) -> Any:
+    figure = optional("matplotlib.figure").Figure(figsize=(width, height), dpi=150, layout="constrained")
+    figure.patch.set_alpha(0)
+    return figure
+
+
+@contextmanager
+def _inked() -> Any:
+    """No change of matplotlib's global state outlives it."""
+    with optional("matplotlib").rc_context({"axes.facecolor": "none", "text.color": _INK_NAME}):
+        yield
+
+
+def _ink(axes: Any) -> None:
+    axes.patch.set_alpha(0)
+    for text in (axes.title, axes._left_title, axes._right_title, axes.xaxis.label, axes.yaxis.label):
+        text.set_color(_INK_NAME)
+    axes.tick_params(which="both", colors=_INK_NAME)
+    for spine in axes.spines.values():
+        spine.set_color(_INK_NAME)
+
+
+def _site_of(statistics: Statistics, name: str) -> str:
+    if name in statistics.sites:
+        return name
+    for site, seen in statistics.sites.items():
+        if name in seen.linears:
+            return site
+    raise ValueError(
+        f"the statistics know no activation {name!r}; known: {', '.join(list(statistics.sites)[:8])}, ..."
+    )
+
+
+def _most_changing(statistics: Statistics, grouped: Mapping[str, Sequence[float]], most: int) -> list[str]:
+    """In the order of the model."""
+    change = {}
+    for name, site in statistics.sites.items():
+        if site.linears and int(site.visited.sum()) > 1:
+            sizes = np.log(np.clip(_magnitudes(site)[site.visited.numpy()], 1e-6, None))  # [S, K]
+            change[name] = float(np.median(sizes.std(axis=0)))
+    candidates = sorted([name for name in change if grouped.get(name)] or change, key=lambda name: -change[name])
+    ranks: dict[str, int] = {}
+    seen: Counter[str] = Counter()
+    for name in candidates:
+        kind = ".".join(part for part in name.split(".") if not part.isdigit())
+        ranks[name] = seen[kind]
+        seen[kind] += 1
+    chosen = sorted(candidates, key=lambda name: ranks[name])[:most]
+    return [name for name in change if name in chosen]
+
+
+def _magnitudes(site: SiteStatistics) -> Array:
+    """[S, K] max |x| of each channel at each step; NaN where the site was not reached."""
+    sizes = torch.maximum(site.minimum.abs(), site.maximum.abs())
+    return torch.where(site.visited[:, None], sizes, torch.nan).numpy()
+
+
+def _boundaries(model: nn.Module, linears: Sequence[str]) -> list[float]:
+    """Of the first of the linears that is quantized: timesteps, ascending; [] for a single group."""
+    table = getattr(model, BOUNDARIES, None)  # [P, E]
+    layers = [module for name, module in model.named_modules() if name in linears]
+    quantized = [layer for layer in layers if isinstance(layer, QuantizedLinear)]
+    if table is None or not quantized:
+        return []
+    layout = quantized[0].layout
+    if max(layout.bias_groups, layout.range_groups, layout.shift_groups) < 2:
+        return []
+    row = table[layout.partition].float().cpu()
+    return row[torch.isfinite(row)].tolist()
+
+
+def _draw_signed(axes: Any, timesteps: Array, site: SiteStatistics) -> None:
+    seen = site.visited
+    x, low, high = timesteps[seen.numpy()], site.minimum[seen].numpy(), site.maximum[seen].numpy()  # [S], [S, K]
+    axes.fill_between(x, low.min(axis=1), high.max(axis=1), color=_BLUE, alpha=0.3, linewidth=0, label="all channels")
+    inner = np.percentile(low, 5, axis=1), np.percentile(high, 95, axis=1)
+    axes.fill_between(x, *inner, color=_BLUE, alpha=0.5, linewidth=0, label="95 % of channels")
+    middle = (low + high) / 2
+    for i, channel in enumerate(np.argsort(middle.min(axis=0) - middle.max(axis=0))[:3]):
+        label = "_" if i else "middles of 3 channels"
+        axes.plot(x, middle[:, channel], color=_ORANGE, linewidth=1.2, label=label)
+        axes.plot(x, low[:, channel], x, high[:, channel], color=_ORANGE, linewidth=0.7, linestyle=":")
+
+
+def _draw_magnitudes(axes: Any, timesteps: Array, site: SiteStatistics) -> None:
+    seen = site.visited.numpy()
+    x, sizes = timesteps[seen], np.clip(_magnitudes(site)[seen], 1e-6, None)  # [S], [S, K]
+    low, quarter, median, three, high = np.percentile(sizes, (5, 25, 50, 75, 95), axis=1)  # [S] each
+    axes.fill_between(x, low, high, color=_BLUE, alpha=0.3, linewidth=0, label="5 to 95 % of channels")
+    axes.fill_between(x, quarter, three, color=_BLUE, alpha=0.5, linewidth=0, label="25 to 75 %")
+    axes.plot(x, median, color=_BLUE, linewidth=1.5, label="median")
+    for channel in np.argsort(-sizes.max(axis=0))[:3]:
+        axes.plot(x, sizes[:, channel], color=_ORANGE, linewidth=1, label="3 largest channels")
+    ticker = optional("matplotlib.ticker")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5), numticks=8))
+    axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+    axes.yaxis.set_minor_formatter(ticker.NullFormatter())
+
+
+def _draw_groups(axes: Any, timesteps: Array, boundaries: Sequence[float], descending: bool) -> None:
+    for i, boundary in enumerate(boundaries):
+        axes.axvline(boundary, color=_RED, linestyle="--", linewidth=1, label="_" if i else "group boundary")
+    if not boundaries:
+        return
+    edges = [float(timesteps.min()), *boundaries, float(timesteps.max())]
+    centres = [(a + b) / 2 for a, b in zip(edges, edges[1:], strict=False)]
+    for i, centre in enumerate(reversed(centres) if descending else centres):
+        place = (centre, 1.02)
+        axes.annotate(str(i + 1), place, xycoords=("data", "axes fraction"), fontsize=7, color=_RED, ha="center")

@@ -72,13 +72,15 @@ def load_open_sora(
     """STDiT (Open-Sora 1.0) or STDiT3 (Open-Sora 1.2), whichever the tensors are, in eval mode on the CPU.
 
     source: a .pth (unpickled with weights_only=True, so that no code in it runs) or .safetensors file, a folder with
-    config.json and model.safetensors, or the name of a repository on the Hub, which is downloaded.
+    config.json and model.safetensors, or the files that model.safetensors.index.json names, or one .safetensors file
+    of another name; or the name of a repository on the Hub, which is downloaded.
     filename: of a repository that is not such a folder: "OpenSora-v1-HQ-16x512x512.pth" of "hpcai-tech/Open-Sora".
     config: what the tensors do not say, and else has the default of the model's class: for STDiT
     `num_attention_heads`, `space_scale` (0.5 for 256 pixels), `time_scale` (2/3 for 64 frames), `sample_size`.
 
-    Raises ValueError for tensors that are missing, not known or of a wrong shape, with their names, for a pickle that
-    holds more than tensors, and for variants of STDiT3 that are computed otherwise.
+    Raises ValueError for tensors that are missing, not known, there twice or of a wrong shape, with their names, for a
+    file that is damaged, a pickle that holds more than tensors, a folder of which it is not clear what the model is,
+    and for variants of STDiT3 that are computed otherwise.
     """
     file = _locate(source, filename, revision)
     described = _published_config(file / "config.json") if file.is_dir() else {}
@@ -95,7 +97,7 @@ def from_original(
     """
     tensors = _flat(tensors)
     converted: dict[str, Tensor] = {}
-    unknown = []
+    unknown, again = [], []
     for name, tensor in tensors.items():
         if _RECOMPUTED.match(name):
             continue
@@ -103,6 +105,7 @@ def from_original(
             _check_rotation(tensor)
             continue
         names = _converted_names(name)
+        again += [f"{name} ({new})" for new in names if new in converted]
         if len(names) > 1:
             parts = (part.to(dtype).clone() for part in tensor.chunk(len(names)))
             converted |= dict(zip(names, parts, strict=False))  # too few rows for all: some will be missing
@@ -111,6 +114,8 @@ def from_original(
         else:
             unknown.append(name)
 
+    if again:
+        raise ValueError(f"these tensors are in the state dict under another name too: {', '.join(again)}")
     third = any(name.startswith("spatial_blocks.") for name in tensors)
     kind = STDiT3Transformer3DModel if third else STDiTTransformer3DModel
     _check_present(tensors, kind)
@@ -137,46 +142,105 @@ def _locate(source: str | os.PathLike[str], filename: str | None, revision: str 
             return Path(hf_hub_download(repository, filename, revision=revision))
         path = Path(snapshot_download(repository, revision=revision, allow_patterns=_HUB_FILES))
     path = path / filename if filename is not None else path
+    if not path.exists():
+        raise ValueError(f"{path.parent} holds no {path.name}; expected the name of one of its files")
     if path.is_dir() and not (path / "config.json").is_file():
         raise ValueError(f"{path} holds no config.json; name one of its files by filename=...")
     return path
 
 
-def _read(file: Path) -> Mapping[str, Tensor]:
-    if file.is_dir():
-        shards = sorted(file.glob("*.safetensors"))
-        if not shards:
-            raise ValueError(f"{file} holds no .safetensors file; name another of its files by filename=...")
-        return {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
-    if file.suffix == ".safetensors":
-        return load_file(file)
-    if file.suffix not in _PICKLES:
+def _read(path: Path) -> Mapping[str, Tensor]:
+    """Of a file, or of the files of a folder that are the model. Raises ValueError where two hold the same tensor."""
+    if not path.is_dir():
+        return _read_file(path)
+    tensors: dict[str, Tensor] = {}
+    for file in _files_of(path):
+        content = _read_file(file)
+        twice = sorted(tensors.keys() & content.keys())
+        if twice:
+            raise ValueError(
+                f"{file} holds tensors that another file of the index holds too ({', '.join(twice[:5])}), so one of"
+                " them is not of this model; name the file to read by filename=..."
+            )
+        tensors |= content
+    return tensors
+
+
+def _files_of(folder: Path) -> list[Path]:
+    """model.safetensors, the files that an index names, or the only file that there is."""
+    found = sorted(folder.glob("*.safetensors"))
+    if folder / "model.safetensors" in found:
+        return [folder / "model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        shards = _read_json(index).get("weight_map")
+        names = sorted(set(map(str, shards.values()))) if isinstance(shards, dict) else []
+        absent = [name for name in names if folder / name not in found]
+        if not names or absent:
+            raise ValueError(f"{index} must name files of its folder as weight_map; absent: {', '.join(absent)}")
+        return [folder / name for name in names]
+    if not found:
+        raise ValueError(f"{folder} holds no .safetensors file; name another of its files by filename=...")
+    if len(found) > 1:
+        raise ValueError(
+            f"{folder} holds {', '.join(file.name for file in found)}, and neither a model.safetensors nor"
+            f" {index.name} says which of them are the model; name one by filename=..."
+        )
+    return found
+
+
+def _read_file(file: Path) -> Mapping[str, Tensor]:
+    if file.suffix != ".safetensors" and file.suffix not in _PICKLES:
         known = ", ".join(sorted({*_PICKLES, ".safetensors"}))
         raise ValueError(f"{file} is no checkpoint that can be read: expected one of {known}")
     try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
         content: Mapping[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)
+        return content
+    except (OSError, MemoryError):
+        raise
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{file} is damaged or pickles more than tensors, and code from a file is never run here. If you trust the"
-            f" file, convert it to .safetensors elsewhere ({str(error).splitlines()[0]})"
+            f" file, convert it to .safetensors elsewhere ({_first_line(error)})"
         ) from None
+    except Exception as error:  # whatever the bytes of a damaged file make the readers stumble over
+        raise ValueError(f"{file} is damaged, or cut short; download it again ({_first_line(error)})") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} is damaged: expected a JSON object, found {type(content).__name__}")
     return content
 
 
 def _published_config(file: Path) -> dict[str, Any]:
     """Of STDiT3's config.json, what its tensors do not say; keys that only training reads are passed over."""
-    published = json.loads(file.read_text(encoding="utf-8"))
+    published = _read_json(file)
     if published.get("qk_norm_legacy"):
         raise ValueError(f"{file} sets qk_norm_legacy: rotary positions before the norm, which is not supported")
     names = {"num_heads": "num_attention_heads", "input_sq_size": "sample_size"}
     return {ours: published[theirs] for theirs, ours in names.items() if theirs in published}
 
 
-def _flat(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
+def _flat(tensors: Any) -> dict[str, Tensor]:
+    if not isinstance(tensors, Mapping):
+        raise ValueError(f"expected a state dict of tensors by name, got {type(tensors).__name__}")
     for nest in ("ema", "state_dict"):
         if isinstance(tensors.get(nest), Mapping):
             tensors = tensors[nest]
-    others = sorted(name for name, value in tensors.items() if not isinstance(value, Tensor))
+    others = sorted(
+        str(name) for name, value in tensors.items() if not (isinstance(name, str) and isinstance(value, Tensor))
+    )
     if others:
         raise ValueError(
             "expected a state dict of tensors, flat or under 'ema' or 'state_dict'; these are no tensors:"

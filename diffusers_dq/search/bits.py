@@ -43,6 +43,7 @@ def allocate_bits(
     mode: Mode = "joint",
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
+    component: str | None = None,
 ) -> DQConfig:
     """A copy of the configuration whose overrides give each linear the bits that serve best within the budget.
 
@@ -55,11 +56,12 @@ def allocate_bits(
         relative error of their own output, from the statistics alone, in seconds; or a list of LayerMetric.
     mode: see allocation.allocate_by_group.
     checkpoint: a JSON file of the sensitivities found so far; the same call again goes on from it.
+    component: "transformer" or "transformer_2" of a pipeline that has both (Wan 2.2).
 
     The model is not changed: a copy is. Cost: one forward a sample for each linear and each of its bits.
     Raises ValueError for a budget that cannot be met, with the least that can, and as `dq.quantize` does.
     """
-    model = denoiser(pipe_or_transformer)
+    model = denoiser(pipe_or_transformer, component)
     budget = checked_budget(budget)
     if isinstance(metrics, str) and metrics not in ("outputs", "layers"):
         raise ValueError(f"metrics must be 'outputs', 'layers' or a list of LayerMetric, got {metrics!r}")
@@ -81,7 +83,16 @@ def allocate_bits(
     else:
         pipe = pipe_or_transformer if isinstance(pipe_or_transformer, DiffusionPipeline) else None
         given = None if metrics == "outputs" else metrics
-        of = from_outputs(trial, trial.choices, statistics, given, pipe=pipe, record=record, progress=progress)
+        of = from_outputs(
+            trial,
+            trial.choices,
+            statistics,
+            given,
+            pipe=pipe,
+            record=record,
+            progress=progress,
+            component=component,
+        )
         rows = list(of.own.values()), list(of.output.values())
         chosen = allocate_by_group(*rows, costs, list(of.groups.values()), most, mode)
     picked = zip(layers, trial.choices.values(), chosen, strict=True)
@@ -107,6 +118,7 @@ def search_bits(
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
+    component: str | None = None,
 ) -> DQConfig:
     """A copy of the configuration whose overrides give each linear its bits, found by evolution.
 
@@ -132,6 +144,7 @@ def search_bits(
         ),
         checkpoint=checkpoint,
         progress=progress,
+        component=component,
     )
 
 

@@ -15,10 +15,13 @@ from torch import Tensor, nn
 from diffusers_dq.denoise import Call, denoiser, quiet, run_call
 
 
-def with_transformer(pipe: DiffusionPipeline, transformer: nn.Module) -> DiffusionPipeline:
-    """A pipeline of this transformer and a scheduler of its own that shares all else with `pipe`, left as it is."""
+def with_transformer(
+    pipe: DiffusionPipeline, transformer: nn.Module, component: str | None = None
+) -> DiffusionPipeline:
+    """A pipeline of this transformer, in place of the component, and a scheduler of its own; it shares all else with
+    `pipe`, which is left as it is."""
     private = copy.copy(pipe)
-    private.transformer = transformer
+    setattr(private, component or "transformer", transformer)
     private.scheduler = copy.deepcopy(pipe.scheduler)
     return private
 
@@ -88,12 +91,15 @@ def pictures(
         ]
 
 
-def tokens_of(pipe: DiffusionPipeline, layers: Sequence[str], calls: Sequence[Call], seed: int) -> dict[str, float]:
+def tokens_of(
+    pipe: DiffusionPipeline, layers: Sequence[str], calls: Sequence[Call], seed: int, component: str | None = None
+) -> dict[str, float]:
     """Tokens that each of these linears reads in one forward of the transformer, on average over the calls.
 
-    Two denoising steps of each call tell: the number does not change along a trajectory.
+    Two denoising steps of each call tell, ten where two transformers share them: the number does not change along a
+    trajectory.
     """
-    model = denoiser(pipe)
+    model = denoiser(pipe, component)
     rows = dict.fromkeys(layers, 0)
     forwards = [0]
 
@@ -110,5 +116,5 @@ def tokens_of(pipe: DiffusionPipeline, layers: Sequence[str], calls: Sequence[Ca
         stack.callback(model.register_forward_pre_hook(forward).remove)
         for name in layers:
             stack.callback(model.get_submodule(name).register_forward_pre_hook(count(name)).remove)
-        final_latents(pipe, calls, num_inference_steps=2, seed=seed)
+        final_latents(pipe, calls, num_inference_steps=2 if component is None else 10, seed=seed)
     return {name: count / max(1, forwards[0]) for name, count in rows.items()}

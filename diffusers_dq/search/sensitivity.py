@@ -62,11 +62,13 @@ def from_outputs(
     pipe: DiffusionPipeline | None = None,
     record: Record | None = None,
     progress: bool = False,
+    component: str | None = None,
 ) -> Sensitivity:
     """Run the transformer on sampled inputs with one linear quantized at a time.
 
     statistics: with samples, the keyword arguments of forwards.
-    metrics: None is `default_metrics`.   pipe: for metrics of finished pictures.   record: where values are kept.
+    metrics: None is `default_metrics`.   pipe: for metrics of finished pictures; the trial's model is its `component`.
+    record: where values are kept.
     Forwards: choices times samples, and a run of the pipeline a choice for layers with a metric of pictures.
     Memory: the model's output for each sample.
     Raises ValueError without samples, for a layer that no metric concerns, a metric of pictures without a pipeline.
@@ -82,7 +84,7 @@ def from_outputs(
             list(choices), videos=references[0].ndim == 5, guided=all(len(output) % 2 == 0 for output in references)
         )
     of_layer = {name: metric_of(name, metrics) for name in choices}
-    measure = _Measure(trial, samples, references, pipe, record)
+    measure = _Measure(trial, samples, references, pipe, record, component)
     measure.check(of_layer.values())
     output: Table = {}
     own: Table = {}
@@ -105,9 +107,10 @@ class _Measure:
         references: Sequence[Tensor],
         pipe: DiffusionPipeline | None,
         record: Record,
+        component: str | None,
     ) -> None:
         self.trial, self.samples, self.references, self.record = trial, samples, references, record
-        self.pipe = None if pipe is None else with_transformer(pipe, trial.model)
+        self.pipe = None if pipe is None else with_transformer(pipe, trial.model, component)
 
     def check(self, metrics: Any) -> None:
         for metric in metrics:

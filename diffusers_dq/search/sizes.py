@@ -41,6 +41,7 @@ def search_group_sizes(
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
+    component: str | None = None,
 ) -> DQConfig:
     """A copy of the configuration whose overrides give each linear a group size, found by evolution (Algorithm 1).
 
@@ -58,6 +59,7 @@ def search_group_sizes(
     population, parents, generations, mutation: see Evolution.
     checkpoint: a JSON file of every candidate's fitness; the same call again goes on from it, with more generations if
         asked, and finds what an uninterrupted one finds.
+    component: "transformer" or "transformer_2" of a pipeline that has both (Wan 2.2).
 
     The pipeline is not changed: copies of its transformer and scheduler are. Memory: see Trial.
     Cost: population x (generations + 1) runs of all calls.
@@ -94,6 +96,7 @@ def search_group_sizes(
         ),
         checkpoint=checkpoint,
         progress=progress,
+        component=component,
     )
 
 

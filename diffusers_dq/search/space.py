@@ -117,6 +117,7 @@ def evolve_choices(
     evolution: Evolution,
     checkpoint: str | os.PathLike[str] | None,
     progress: bool,
+    component: str | None,
 ) -> DQConfig:
     """The configuration whose overrides make the fittest candidate found; arguments as `dq.search_group_sizes` takes
     them.   uniform: candidates of the first generation besides the exact allocation and `start`."""
@@ -127,16 +128,16 @@ def evolve_choices(
         raise ValueError(f"calls[{used_up}] sets generator, which the first candidate would use up; pass seed instead")
     if fitness != "trajectory" and not callable(fitness):
         raise ValueError(f"fitness must be 'trajectory' or a function of a pipeline, got {fitness!r}")
-    model = denoiser(pipe)
+    model = denoiser(pipe, component)
     if getattr(model, "is_quantized", False):
         raise ValueError("the pipeline is quantized already; a search starts from the full-precision pipeline")
     if statistics is None:
-        statistics = _calibrated(pipe, config, calls, num_inference_steps, evolution.seed, progress)
+        statistics = _calibrated(pipe, config, calls, num_inference_steps, evolution.seed, progress, component)
     space = make_space(layers_of(model, config, statistics))
     trial = Trial(model, config, statistics, space.choices)
     space = space.limited_to(trial.choices)
-    private = with_transformer(pipe, trial.model)
-    costs, within = _limit(space, trial, private, calls, evolution.seed, limit)
+    private = with_transformer(pipe, trial.model, component)
+    costs, within = _limit(space, trial, private, calls, evolution.seed, limit, component)
     settings = {
         "model": type(model).__name__,
         "weights": described(statistics.fingerprint),
@@ -167,11 +168,19 @@ def evolve_choices(
 
 
 def _calibrated(
-    pipe: DiffusionPipeline, config: DQConfig, calls: Sequence[Call], steps: int, seed: int, progress: bool
+    pipe: DiffusionPipeline,
+    config: DQConfig,
+    calls: Sequence[Call],
+    steps: int,
+    seed: int,
+    progress: bool,
+    component: str | None,
 ) -> Statistics:
-    private = with_transformer(pipe, denoiser(pipe))
+    private = with_transformer(pipe, denoiser(pipe, component), component)
     moments: dict[str, Any] = {"second_moments": config.recipe.rounding == "gptq", "samples": 0}
-    return calibrate(private, calls, num_inference_steps=steps, seed=seed, progress=progress, **moments)
+    return calibrate(
+        private, calls, num_inference_steps=steps, seed=seed, progress=progress, component=component, **moments
+    )
 
 
 def _limit(
@@ -181,10 +190,11 @@ def _limit(
     calls: Sequence[Call],
     seed: int,
     limit: BitOpsOf | Budget | float,
+    component: str | None,
 ) -> tuple[list[list[float]], Limit]:
     """(cost of each gene's options, the limit of their sum)."""
     if isinstance(limit, BitOpsOf):
-        cost = _bitops(space, trial, tokens_of(pipe, list(space.layers), calls, seed))
+        cost = _bitops(space, trial, tokens_of(pipe, list(space.layers), calls, seed, component))
         uniform = sum(cost(name, limit.choice(of.own, of.in_features)) for name, of in space.layers.items())
         most, unit = ROUNDED_UP * limit.factor * uniform, "BitOps a forward"
     else:

@@ -216,13 +216,3 @@ def _repeated_blocks(module: nn.Module, prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{name}"
         else:
             yield from _repeated_blocks(child, f"{prefix}{name}.")
-
-
-def block_names(model: nn.Module, *lists: str) -> list[str]:
-    """Of all blocks of these ModuleLists of the model."""
-    return [f"{name}.{i}" for name in lists for i in range(len(getattr(model, name)))]
-
-
-def alone(*linears: str) -> Iterable[LinearGroup]:
-    """Linears that share their input with no other, and whose input nothing can carry a change of."""
-    return (LinearGroup((linear,)) for linear in linears)

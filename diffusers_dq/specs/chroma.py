@@ -8,8 +8,8 @@ t / 1000.
 
 from torch import nn
 
-from diffusers_dq.specs.base import SPECS, LinearGroup, ModelSpec, ModulationArgument, TimestepRange, block_names
-from diffusers_dq.specs.flux import joint_groups, single_groups
+from diffusers_dq.specs.base import SPECS, LinearGroup, ModelSpec, ModulationArgument, TimestepRange
+from diffusers_dq.specs.blocks import block_names, image_stream, parallel_block, text_stream
 
 
 @SPECS.register("ChromaTransformer2DModel")
@@ -17,9 +17,9 @@ def chroma(model: nn.Module) -> ModelSpec:
     groups: list[LinearGroup] = []
     for block in block_names(model, "transformer_blocks"):
         both = ModulationArgument(block, "temb", chunks=12)
-        groups += joint_groups(block, both, both, first_of_text=6)
+        groups += [*image_stream(block, both), *text_stream(block, both, first=6)]
     for block in block_names(model, "single_transformer_blocks"):
-        groups += single_groups(block, ModulationArgument(block, "temb", chunks=3))
+        groups += parallel_block(block, ModulationArgument(block, "temb", chunks=3))
     return ModelSpec(
         groups=tuple(groups),
         not_converted=("distilled_guidance_layer", "context_embedder", "x_embedder", "proj_out"),

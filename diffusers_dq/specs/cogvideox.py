@@ -8,16 +8,8 @@ basis goes into both pairs of chunks. Image-to-video models of 1.5 embed another
 
 from torch import nn
 
-from diffusers_dq.specs.base import (
-    SPECS,
-    LinearGroup,
-    ModelSpec,
-    ModulatedNorm,
-    TimestepRange,
-    ValueProjection,
-    alone,
-    block_names,
-)
+from diffusers_dq.specs.base import SPECS, LinearGroup, ModelSpec, ModulatedNorm, TimestepRange
+from diffusers_dq.specs.blocks import alone, block_names, feed_forward, self_attention
 
 _VIDEO_AND_TEXT = ((0, 1), (3, 4))
 
@@ -35,12 +27,9 @@ def cogvideox(model: nn.Module) -> ModelSpec:
 
 
 def _block_groups(block: str) -> list[LinearGroup]:
-    attention, feed_forward = f"{block}.norm1.linear", f"{block}.norm2.linear"
-    query, key, value = (f"{block}.attn1.to_{letter}" for letter in "qkv")
+    of_attention, of_ff = f"{block}.norm1.linear", f"{block}.norm2.linear"
     return [
-        *alone(attention, feed_forward),
-        LinearGroup((query, key, value), ModulatedNorm(attention, chunks=_VIDEO_AND_TEXT)),
-        LinearGroup((f"{block}.attn1.to_out.0",), ValueProjection(value)),
-        LinearGroup((f"{block}.ff.net.0.proj",), ModulatedNorm(feed_forward, chunks=_VIDEO_AND_TEXT)),
-        LinearGroup((f"{block}.ff.net.2",)),
+        *alone(of_attention, of_ff),
+        *self_attention(f"{block}.attn1", ModulatedNorm(of_attention, chunks=_VIDEO_AND_TEXT)),
+        *feed_forward(f"{block}.ff", ModulatedNorm(of_ff, chunks=_VIDEO_AND_TEXT)),
     ]

@@ -15,30 +15,32 @@ import math
 
 from torch import nn
 
-from diffusers_dq.specs.base import (
-    SPECS,
-    LinearGroup,
-    ModelSpec,
-    TextProjections,
-    TimestepRange,
-    ValueProjection,
+from diffusers_dq.specs.base import SPECS, LinearGroup, ModelSpec, TimestepRange
+from diffusers_dq.specs.blocks import (
+    TEXT_KEY_AND_VALUE,
     alone,
     block_names,
+    cross_attention,
+    feed_forward,
+    self_attention,
+    text_projections,
 )
+
+_PICTURE_KEY_AND_VALUE = ("attn2.k_img", "attn2.v_img")
 
 
 @SPECS.register("CosmosTransformer3DModel")
 def cosmos(model: nn.Module) -> ModelSpec:
     blocks = block_names(model, "transformer_blocks")
     picture = hasattr(model, "img_context_proj")
-    read_once = ("attn2.to_k", "attn2.to_v", *(("attn2.k_img", "attn2.v_img") if picture else ()))
+    read_once = (*TEXT_KEY_AND_VALUE, *(_PICTURE_KEY_AND_VALUE if picture else ()))
     contexts = [name for name in ("crossattn_proj", "img_context_proj") if hasattr(model, name)]
     return ModelSpec(
         groups=tuple(group for block in blocks for group in _block_groups(block, picture)),
         not_converted=("patch_embed", "time_embed", "norm_out", "proj_out", *contexts, *read_once),
         weight_only=frozenset(linear for block in blocks for linear in _modulations(block)),
         timestep=TimestepRange(noisiest=math.log(80) / 4, cleanest=math.log(0.002) / 4, per_token=True),
-        text=TextProjections(tuple(f"{block}.{linear}" for block in blocks for linear in read_once)),
+        text=text_projections(blocks, read_once),
     )
 
 
@@ -47,17 +49,12 @@ def _modulations(block: str) -> list[str]:
 
 
 def _block_groups(block: str, picture: bool) -> list[LinearGroup]:
-    query, key, value = (f"{block}.attn1.to_{letter}" for letter in "qkv")
-    text_query, text_key, text_value = (f"{block}.attn2.to_{letter}" for letter in "qkv")
     groups = [
         *alone(*_modulations(block)),
-        LinearGroup((query, key, value)),
-        LinearGroup((f"{block}.attn1.to_out.0",), ValueProjection(value)),
-        LinearGroup((text_query, f"{block}.attn2.q_img") if picture else (text_query,)),
-        LinearGroup((text_key, text_value)),
-        LinearGroup((f"{block}.attn2.to_out.0",), None if picture else ValueProjection(text_value)),
-        *alone(f"{block}.ff.net.0.proj", f"{block}.ff.net.2"),
+        *self_attention(f"{block}.attn1"),
+        *cross_attention(f"{block}.attn2", beside_query=("q_img",) if picture else (), carries=not picture),
+        *feed_forward(f"{block}.ff"),
     ]
     if picture:
-        groups.append(LinearGroup((f"{block}.attn2.k_img", f"{block}.attn2.v_img")))
+        groups.append(LinearGroup(tuple(f"{block}.{linear}" for linear in _PICTURE_KEY_AND_VALUE)))
     return groups

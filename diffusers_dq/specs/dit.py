@@ -7,16 +7,8 @@
 
 from torch import nn
 
-from diffusers_dq.specs.base import (
-    SPECS,
-    AttentionSite,
-    LinearGroup,
-    ModelSpec,
-    ModulatedNorm,
-    TimestepRange,
-    ValueProjection,
-    block_names,
-)
+from diffusers_dq.specs.base import SPECS, AttentionSite, LinearGroup, ModelSpec, ModulatedNorm, TimestepRange
+from diffusers_dq.specs.blocks import alone, block_names, feed_forward, projections, self_attention
 
 
 @SPECS.register("DiTTransformer2DModel")
@@ -24,9 +16,7 @@ def dit(model: nn.Module) -> ModelSpec:
     blocks = block_names(model, "transformer_blocks")
     return ModelSpec(
         groups=tuple(group for block in blocks for group in _block_groups(block)),
-        attention=tuple(
-            AttentionSite(f"{b}.attn1", f"{b}.attn1.to_q", f"{b}.attn1.to_k", f"{b}.attn1.to_v") for b in blocks
-        ),
+        attention=tuple(AttentionSite(f"{b}.attn1", *projections(f"{b}.attn1")) for b in blocks),
         not_converted=("norm1.emb", "proj_out_1", "proj_out_2"),
         weight_only=frozenset(f"{block}.norm1.linear" for block in blocks),
         timestep=TimestepRange(noisiest=999),
@@ -36,11 +26,8 @@ def dit(model: nn.Module) -> ModelSpec:
 
 def _block_groups(block: str) -> list[LinearGroup]:
     modulation = f"{block}.norm1.linear"
-    query, key, value = (f"{block}.attn1.to_{letter}" for letter in "qkv")
     return [
-        LinearGroup((modulation,)),
-        LinearGroup((query, key, value), ModulatedNorm(modulation, chunks=((0, 1),))),
-        LinearGroup((f"{block}.attn1.to_out.0",), ValueProjection(value)),
-        LinearGroup((f"{block}.ff.net.0.proj",), ModulatedNorm(modulation, chunks=((3, 4),))),
-        LinearGroup((f"{block}.ff.net.2",)),
+        *alone(modulation),
+        *self_attention(f"{block}.attn1", ModulatedNorm(modulation, chunks=((0, 1),))),
+        *feed_forward(f"{block}.ff", ModulatedNorm(modulation, chunks=((3, 4),))),
     ]

@@ -10,16 +10,10 @@ Pipelines pass t / 1000.
 
 from torch import nn
 
-from diffusers_dq.specs.base import (
-    SPECS,
-    LinearGroup,
-    ModelSpec,
-    ModulatedNorm,
-    ModulationArgument,
-    TimestepRange,
-    block_names,
-)
-from diffusers_dq.specs.sd3 import image_projections, stream_groups, text_projections
+from diffusers_dq.specs.base import SPECS, LinearGroup, ModelSpec, ModulatedNorm, ModulationArgument, TimestepRange
+from diffusers_dq.specs.blocks import alone, block_names, image_stream, text_stream
+
+_GATED = ("linear_in", "linear_out")
 
 
 @SPECS.register("Flux2Transformer2DModel")
@@ -44,28 +38,12 @@ def flux2(model: nn.Module) -> ModelSpec:
 
 def _joint_groups(block: str) -> list[LinearGroup]:
     image, text = (ModulationArgument(block, f"temb_mod_{stream}", chunks=6) for stream in ("img", "txt"))
-    ff, text_ff = f"{block}.ff", f"{block}.ff_context"
-    return [
-        *stream_groups(
-            image_projections(block),
-            f"{block}.attn.to_out.0",
-            (f"{ff}.linear_in",),
-            f"{ff}.linear_out",
-            image,
-        ),
-        *stream_groups(
-            text_projections(block),
-            f"{block}.attn.to_add_out",
-            (f"{text_ff}.linear_in",),
-            f"{text_ff}.linear_out",
-            text,
-        ),
-    ]
+    return [*image_stream(block, image, linears=_GATED), *text_stream(block, text, linears=_GATED)]
 
 
 def _single_groups(block: str) -> list[LinearGroup]:
     modulation = ModulationArgument(block, "temb_mod", chunks=3)
     return [
         LinearGroup((f"{block}.attn.to_qkv_mlp_proj",), ModulatedNorm(modulation)),
-        LinearGroup((f"{block}.attn.to_out",)),
+        *alone(f"{block}.attn.to_out"),
     ]

@@ -13,17 +13,10 @@ from typing import Any
 
 from torch import nn
 
-from diffusers_dq.specs.base import (
-    SPECS,
-    LinearGroup,
-    ModelSpec,
-    ModulatedNorm,
-    Producer,
-    TimestepRange,
-    ValueProjection,
-    alone,
-    block_names,
-)
+from diffusers_dq.specs.base import SPECS, LinearGroup, ModelSpec, ModulatedNorm, TimestepRange
+from diffusers_dq.specs.blocks import alone, block_names, feed_forward, self_attention
+
+_GATED = ("w1", "w3", "w2")
 
 
 @SPECS.register("HiDreamImageTransformer2DModel")
@@ -39,25 +32,16 @@ def hidream(model: nn.Module) -> ModelSpec:
 
 def _block_groups(block: str, module: Any) -> list[LinearGroup]:
     modulation, attention = f"{block}.adaLN_modulation.1", f"{block}.attn1"
-    query, key, value = (f"{attention}.to_{letter}" for letter in "qkv")
     single, experts = module.attn1.single, getattr(module.ff_i, "experts", None)
-    groups = [
-        *alone(modulation),
-        LinearGroup((query, key, value), ModulatedNorm(modulation)),
-        LinearGroup((f"{attention}.to_out",), ValueProjection(value) if single else None),
-    ]
+    groups = [*alone(modulation), *self_attention(attention, ModulatedNorm(modulation), carries=single, out="to_out")]
     if experts is None:
-        groups += _gated(f"{block}.ff_i", ModulatedNorm(modulation, chunks=((3, 4),)))
+        groups += feed_forward(f"{block}.ff_i", ModulatedNorm(modulation, chunks=((3, 4),)), _GATED)
     else:
         names = ("shared_experts", *(f"experts.{i}" for i in range(len(experts))))
-        groups += [group for name in names for group in _gated(f"{block}.ff_i.{name}")]
+        groups += [group for name in names for group in feed_forward(f"{block}.ff_i.{name}", linears=_GATED)]
     if not single:
         text = tuple(f"{attention}.to_{letter}_t" for letter in "qkv")
         groups.append(LinearGroup(text, ModulatedNorm(modulation, chunks=((6, 7),))))
         groups += alone(f"{attention}.to_out_t")
-        groups += _gated(f"{block}.ff_t", ModulatedNorm(modulation, chunks=((9, 10),)))
+        groups += feed_forward(f"{block}.ff_t", ModulatedNorm(modulation, chunks=((9, 10),)), _GATED)
     return groups
-
-
-def _gated(ff: str, producer: Producer | None = None) -> list[LinearGroup]:
-    return [LinearGroup((f"{ff}.w1", f"{ff}.w3"), producer), LinearGroup((f"{ff}.w2",))]

@@ -8,17 +8,16 @@ The upper half of the blocks reads the lower half's outputs through `skip_linear
 
 from torch import nn
 
-from diffusers_dq.specs.base import (
-    SPECS,
-    LinearGroup,
-    ModelSpec,
-    ModulatedNorm,
-    TextProjections,
-    TimestepRange,
-    ValueProjection,
+from diffusers_dq.specs.base import SPECS, LinearGroup, ModelSpec, ModulatedNorm, TimestepRange
+from diffusers_dq.specs.blocks import (
+    TEXT_KEY_AND_VALUE,
+    alone,
     block_names,
+    cross_attention,
+    feed_forward,
+    self_attention,
+    text_projections,
 )
-from diffusers_dq.specs.pixart import text_projections
 
 _TEXT = ("encoder_hidden_states", "text_embedding_mask", "encoder_hidden_states_t5", "text_embedding_mask_t5")
 
@@ -32,25 +31,19 @@ def hunyuan_dit(model: nn.Module) -> ModelSpec:
             for block in blocks
             for group in _block_groups(block, skips=model.get_submodule(block).skip_linear is not None)
         ),
-        not_converted=("text_embedder", "time_extra_emb", "norm_out", "proj_out", "attn2.to_k", "attn2.to_v"),
+        not_converted=("text_embedder", "time_extra_emb", "norm_out", "proj_out", *TEXT_KEY_AND_VALUE),
         weight_only=frozenset(f"{block}.norm1.linear" for block in blocks),
         timestep=TimestepRange(noisiest=999),
-        text=TextProjections(text_projections(blocks).linears, _TEXT),
+        text=text_projections(blocks, arguments=_TEXT),
     )
 
 
 def _block_groups(block: str, skips: bool) -> list[LinearGroup]:
     modulation = f"{block}.norm1.linear"
-    query, key, value = (f"{block}.attn1.to_{letter}" for letter in "qkv")
-    text_query, text_key, text_value = (f"{block}.attn2.to_{letter}" for letter in "qkv")
     return [
-        *([LinearGroup((f"{block}.skip_linear",))] if skips else ()),
-        LinearGroup((modulation,)),
-        LinearGroup((query, key, value), ModulatedNorm(modulation, chunks=((0, None),))),
-        LinearGroup((f"{block}.attn1.to_out.0",), ValueProjection(value)),
-        LinearGroup((text_query,)),
-        LinearGroup((text_key, text_value)),
-        LinearGroup((f"{block}.attn2.to_out.0",), ValueProjection(text_value)),
-        LinearGroup((f"{block}.ff.net.0.proj",)),
-        LinearGroup((f"{block}.ff.net.2",)),
+        *(alone(f"{block}.skip_linear") if skips else ()),
+        *alone(modulation),
+        *self_attention(f"{block}.attn1", ModulatedNorm(modulation, chunks=((0, None),))),
+        *cross_attention(f"{block}.attn2"),
+        *feed_forward(f"{block}.ff"),
     ]

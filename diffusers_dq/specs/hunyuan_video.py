@@ -11,25 +11,16 @@ context embedder, a few hundred tokens: it stays in full precision.
 
 from torch import nn
 
-from diffusers_dq.specs.base import SPECS, LinearGroup, ModelSpec, TimestepRange, alone, block_names
-from diffusers_dq.specs.flux import joint_groups, single_groups
+from diffusers_dq.specs.base import SPECS, ModelSpec, TimestepRange
+from diffusers_dq.specs.blocks import flux_blocks
 
 
 @SPECS.register("HunyuanVideoTransformer3DModel")
 def hunyuan_video(model: nn.Module) -> ModelSpec:
-    joint, single = block_names(model, "transformer_blocks"), block_names(model, "single_transformer_blocks")
-    groups: list[LinearGroup] = []
-    for block in joint:
-        video, text = f"{block}.norm1.linear", f"{block}.norm1_context.linear"
-        groups += [*alone(video, text), *joint_groups(block, video, text)]
-    for block in single:
-        groups += [*alone(f"{block}.norm.linear"), *single_groups(block, f"{block}.norm.linear")]
+    groups, modulations = flux_blocks(model)
     return ModelSpec(
         groups=tuple(groups),
         not_converted=("time_text_embed", "context_embedder", "norm_out", "proj_out"),
-        weight_only=frozenset(
-            [f"{block}.{norm}.linear" for block in joint for norm in ("norm1", "norm1_context")]
-            + [f"{block}.norm.linear" for block in single]
-        ),
+        weight_only=modulations,
         timestep=TimestepRange(),
     )

@@ -7,8 +7,8 @@ frame, or for every patch, so that blocks are called with as many rows as they s
 
 from torch import nn
 
-from diffusers_dq.specs.base import SPECS, ModelSpec, TimestepRange, block_names
-from diffusers_dq.specs.pixart import adaln_single_groups, text_projections
+from diffusers_dq.specs.base import SPECS, ModelSpec, TimestepRange
+from diffusers_dq.specs.blocks import TEXT_KEY_AND_VALUE, adaln_single_block, block_names, text_projections
 
 
 @SPECS.register("LatteTransformer3DModel")
@@ -19,9 +19,9 @@ def latte(model: nn.Module) -> ModelSpec:
             group
             for blocks, reads_text in ((spatial, True), (temporal, False))
             for block in blocks
-            for group in adaln_single_groups(block, reads_text=reads_text)
+            for group in adaln_single_block(block, reads_text=reads_text)
         ),
-        not_converted=("adaln_single", "caption_projection", "proj_out", "attn2.to_k", "attn2.to_v"),
+        not_converted=("adaln_single", "caption_projection", "proj_out", *TEXT_KEY_AND_VALUE),
         timestep=TimestepRange(noisiest=999),
         text=text_projections(spatial),
     )

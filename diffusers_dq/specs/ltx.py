@@ -7,16 +7,16 @@ are given: those are at timestep 0 while the others are denoised.
 
 from torch import nn
 
-from diffusers_dq.specs.base import SPECS, ModelSpec, TimestepRange, block_names
-from diffusers_dq.specs.pixart import adaln_single_groups, text_projections
+from diffusers_dq.specs.base import SPECS, ModelSpec, TimestepRange
+from diffusers_dq.specs.blocks import TEXT_KEY_AND_VALUE, adaln_single_block, block_names, text_projections
 
 
 @SPECS.register("LTXVideoTransformer3DModel")
 def ltx(model: nn.Module) -> ModelSpec:
     blocks = block_names(model, "transformer_blocks")
     return ModelSpec(
-        groups=tuple(group for block in blocks for group in adaln_single_groups(block, "temb")),
-        not_converted=("proj_in", "time_embed", "caption_projection", "proj_out", "attn2.to_k", "attn2.to_v"),
+        groups=tuple(group for block in blocks for group in adaln_single_block(block, "temb")),
+        not_converted=("proj_in", "time_embed", "caption_projection", "proj_out", *TEXT_KEY_AND_VALUE),
         timestep=TimestepRange(noisiest=1000, per_token=True),
         text=text_projections(blocks),
     )

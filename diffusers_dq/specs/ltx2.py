@@ -28,9 +28,8 @@ from diffusers_dq.specs.base import (
     ModulationArgument,
     TextProjections,
     TimestepRange,
-    ValueProjection,
-    block_names,
 )
+from diffusers_dq.specs.blocks import TEXT_KEY_AND_VALUE, block_names, cross_attention, feed_forward, self_attention
 
 
 @SPECS.register("LTX2VideoTransformer3DModel")
@@ -47,7 +46,7 @@ def ltx2(model: nn.Module) -> ModelSpec:
         groups=tuple(group for block in blocks for group in _block_groups(block, *streams)),
         not_converted=(
             *("proj_in", "audio_proj_in", "time_embed", "av_cross_attn", "proj_out", "audio_proj_out"),
-            *("attn2.to_k", "attn2.to_v"),
+            *TEXT_KEY_AND_VALUE,
             *(("caption_projection",) if config.use_prompt_embeddings else ()),
             *(("prompt_adaln",) if prompt_moves else ()),
         ),
@@ -87,47 +86,32 @@ class _Stream:
 
 
 def _block_groups(block: str, video: _Stream, audio: _Stream) -> list[LinearGroup]:
+    to_video, to_audio = f"{block}.audio_to_video_attn", f"{block}.video_to_audio_attn"
     return [
         *(group for stream in (video, audio) for group in _stream_groups(block, stream)),
-        *_attention_groups(
-            f"{block}.audio_to_video_attn", video.meeting(block, 0), audio.meeting(block, 0), video.gated
-        ),
-        *_attention_groups(
-            f"{block}.video_to_audio_attn", audio.meeting(block, 2), video.meeting(block, 2), audio.gated
-        ),
+        *_meeting_groups(to_video, video.meeting(block, 0), audio.meeting(block, 0), video.gated),
+        *_meeting_groups(to_audio, audio.meeting(block, 2), video.meeting(block, 2), audio.gated),
     ]
 
 
 def _stream_groups(block: str, stream: _Stream) -> list[LinearGroup]:
     """Self-attention, cross-attention to the text and feed-forward layer."""
     prefix, modulation = f"{block}.{stream.prefix}", stream.modulation(block)
-    query, key, value, *gate = _readers(f"{prefix}attn1", stream.gated)
     to_text = ModulatedNorm(modulation, chunks=((6, 7),)) if stream.modulates_queries else None
     return [
-        LinearGroup((query, key, value, *gate), ModulatedNorm(modulation, chunks=((0, 1),))),
-        _output_group(f"{prefix}attn1", stream.gated),
-        *_attention_groups(f"{prefix}attn2", to_text, stream.of_text(block), stream.gated),
-        LinearGroup((f"{prefix}ff.net.0.proj",), ModulatedNorm(modulation, chunks=((3, 4),))),
-        LinearGroup((f"{prefix}ff.net.2",)),
+        *self_attention(
+            f"{prefix}attn1", ModulatedNorm(modulation), beside=_gates(stream.gated), carries=not stream.gated
+        ),
+        *_meeting_groups(f"{prefix}attn2", to_text, stream.of_text(block), stream.gated),
+        *feed_forward(f"{prefix}ff", ModulatedNorm(modulation, chunks=((3, 4),))),
     ]
 
 
-def _attention_groups(
+def _meeting_groups(
     attention: str, of_query: ModulatedNorm | None, of_value: ModulatedNorm | None, gated: bool
 ) -> list[LinearGroup]:
-    """Of attention between two sequences."""
-    query, key, value, *gate = _readers(attention, gated)
-    return [
-        LinearGroup((query, *gate), of_query),
-        LinearGroup((key, value), of_value),
-        _output_group(attention, gated),
-    ]
+    return cross_attention(attention, of_query, of_value, beside_query=_gates(gated), carries=not gated)
 
 
-def _readers(attention: str, gated: bool) -> list[str]:
-    leaves = ("to_q", "to_k", "to_v", *(("to_gate_logits",) if gated else ()))
-    return [f"{attention}.{leaf}" for leaf in leaves]
-
-
-def _output_group(attention: str, gated: bool) -> LinearGroup:
-    return LinearGroup((f"{attention}.to_out.0",), None if gated else ValueProjection(f"{attention}.to_v"))
+def _gates(gated: bool) -> tuple[str, ...]:
+    return ("to_gate_logits",) if gated else ()

@@ -11,7 +11,8 @@ Pipelines pass an inverted schedule: 0 is pure noise and 1000 the video.
 
 from torch import nn
 
-from diffusers_dq.specs.base import SPECS, LinearGroup, ModelSpec, ModulatedNorm, TimestepRange, alone, block_names
+from diffusers_dq.specs.base import SPECS, LinearGroup, ModelSpec, ModulatedNorm, TimestepRange
+from diffusers_dq.specs.blocks import added_projections, alone, block_names, feed_forward, projections
 
 
 @SPECS.register("MochiTransformer3DModel")
@@ -35,18 +36,13 @@ def _block_groups(block: str, module: nn.Module) -> list[LinearGroup]:
     video, text = _modulations(block, module)
     groups = [
         *alone(video, text),
-        LinearGroup(tuple(f"{block}.attn1.to_{letter}" for letter in "qkv"), _scaled(video, 0)),
-        LinearGroup(tuple(f"{block}.attn1.add_{letter}_proj" for letter in "qkv"), _scaled(text, 0)),
-        LinearGroup((f"{block}.attn1.to_out.0",)),
-        LinearGroup((f"{block}.ff.net.0.proj",), _scaled(video, 2)),
-        LinearGroup((f"{block}.ff.net.2",)),
+        LinearGroup(projections(f"{block}.attn1"), _scaled(video, 0)),
+        LinearGroup(added_projections(f"{block}.attn1"), _scaled(text, 0)),
+        *alone(f"{block}.attn1.to_out.0"),
+        *feed_forward(f"{block}.ff", _scaled(video, 2)),
     ]
     if not module.context_pre_only:
-        groups += [
-            LinearGroup((f"{block}.attn1.to_add_out",)),
-            LinearGroup((f"{block}.ff_context.net.0.proj",), _scaled(text, 2)),
-            LinearGroup((f"{block}.ff_context.net.2",)),
-        ]
+        groups += [*alone(f"{block}.attn1.to_add_out"), *feed_forward(f"{block}.ff_context", _scaled(text, 2))]
     return groups
 
 

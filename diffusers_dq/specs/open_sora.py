@@ -9,17 +9,25 @@ some frames are given, they have a modulation of their own, in the same argument
 
 from torch import nn
 
-from diffusers_dq.specs.base import SPECS, LinearGroup, ModelSpec, TimestepRange, ValueProjection, block_names
-from diffusers_dq.specs.pixart import adaln_single_groups, text_projections
+from diffusers_dq.specs.base import SPECS, ModelSpec, TimestepRange
+from diffusers_dq.specs.blocks import (
+    TEXT_KEY_AND_VALUE,
+    adaln_single_block,
+    block_names,
+    self_attention,
+    text_projections,
+)
 
-_NOT_CONVERTED = ("adaln_single", "caption_projection", "proj_out", "attn2.to_k", "attn2.to_v")
+_NOT_CONVERTED = ("adaln_single", "caption_projection", "proj_out", *TEXT_KEY_AND_VALUE)
 
 
 @SPECS.register("STDiTTransformer3DModel")
 def stdit(model: nn.Module) -> ModelSpec:
     blocks = block_names(model, "transformer_blocks")
     return ModelSpec(
-        groups=tuple(group for b in blocks for group in (*adaln_single_groups(b), *_temporal_groups(b))),
+        groups=tuple(
+            group for b in blocks for group in (*adaln_single_block(b), *self_attention(f"{b}.attn_temporal"))
+        ),
         not_converted=_NOT_CONVERTED,
         timestep=TimestepRange(noisiest=999),
         text=text_projections(blocks),
@@ -30,16 +38,8 @@ def stdit(model: nn.Module) -> ModelSpec:
 def stdit3(model: nn.Module) -> ModelSpec:
     blocks = block_names(model, "transformer_blocks", "temporal_transformer_blocks")
     return ModelSpec(
-        groups=tuple(group for block in blocks for group in adaln_single_groups(block)),
+        groups=tuple(group for block in blocks for group in adaln_single_block(block)),
         not_converted=_NOT_CONVERTED,
         timestep=TimestepRange(noisiest=1000),
         text=text_projections(blocks),
     )
-
-
-def _temporal_groups(block: str) -> list[LinearGroup]:
-    query, key, value = (f"{block}.attn_temporal.to_{letter}" for letter in "qkv")
-    return [
-        LinearGroup((query, key, value)),
-        LinearGroup((f"{block}.attn_temporal.to_out.0",), ValueProjection(value)),
-    ]

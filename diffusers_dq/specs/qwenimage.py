@@ -8,8 +8,8 @@ the new picture and at zero for those of the given ones; both are of one timeste
 
 from torch import nn
 
-from diffusers_dq.specs.base import SPECS, LinearGroup, ModelSpec, TimestepRange, alone, block_names
-from diffusers_dq.specs.sd3 import image_projections, stream_groups, text_projections
+from diffusers_dq.specs.base import SPECS, LinearGroup, ModelSpec, TimestepRange
+from diffusers_dq.specs.blocks import alone, block_names, image_stream, text_stream
 
 
 @SPECS.register("QwenImageTransformer2DModel")
@@ -24,13 +24,10 @@ def qwenimage(model: nn.Module) -> ModelSpec:
 
 
 def _block_groups(block: str) -> list[LinearGroup]:
-    streams = (
-        ("img", image_projections(block), f"{block}.attn.to_out.0"),
-        ("txt", text_projections(block), f"{block}.attn.to_add_out"),
-    )
-    groups: list[LinearGroup] = []
-    for stream, projections, attention_out in streams:
-        modulation, ff = f"{block}.{stream}_mod.1", f"{block}.{stream}_mlp.net"
-        groups += alone(modulation)
-        groups += stream_groups(projections, attention_out, (f"{ff}.0.proj",), f"{ff}.2", modulation)
-    return groups
+    image, text = f"{block}.img_mod.1", f"{block}.txt_mod.1"
+    return [
+        *alone(image),
+        *image_stream(block, image, "img_mlp"),
+        *alone(text),
+        *text_stream(block, text, "txt_mlp"),
+    ]

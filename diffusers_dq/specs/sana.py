@@ -11,17 +11,14 @@ from typing import Any
 
 from torch import nn
 
-from diffusers_dq.specs.base import (
-    SPECS,
-    LinearGroup,
-    ModelSpec,
-    ModulatedNorm,
-    ModulationArgument,
-    TimestepRange,
-    ValueProjection,
+from diffusers_dq.specs.base import SPECS, LinearGroup, ModelSpec, ModulatedNorm, ModulationArgument, TimestepRange
+from diffusers_dq.specs.blocks import (
+    TEXT_KEY_AND_VALUE,
     block_names,
+    cross_attention,
+    self_attention,
+    text_projections,
 )
-from diffusers_dq.specs.pixart import text_projections
 
 
 @SPECS.register("SanaTransformer2DModel")
@@ -31,7 +28,7 @@ def sana(model: nn.Module) -> ModelSpec:
     blocks = block_names(model, "transformer_blocks")
     return ModelSpec(
         groups=tuple(group for block in blocks for group in _block_groups(block)),
-        not_converted=("time_embed", "caption_projection", "proj_out", "attn2.to_k", "attn2.to_v"),
+        not_converted=("time_embed", "caption_projection", "proj_out", *TEXT_KEY_AND_VALUE),
         timestep=TimestepRange(noisiest=1 if config.guidance_embeds else 1000 * config.timestep_scale),
         text=text_projections(blocks),
     )
@@ -39,12 +36,7 @@ def sana(model: nn.Module) -> ModelSpec:
 
 def _block_groups(block: str) -> list[LinearGroup]:
     modulation = ModulationArgument(block, "timestep", chunks=6, table="scale_shift_table")
-    query, key, value = (f"{block}.attn1.to_{letter}" for letter in "qkv")
-    text_query, text_key, text_value = (f"{block}.attn2.to_{letter}" for letter in "qkv")
     return [
-        LinearGroup((query, key, value), ModulatedNorm(modulation, chunks=((0, 1),))),
-        LinearGroup((f"{block}.attn1.to_out.0",)),
-        LinearGroup((text_query,)),
-        LinearGroup((text_key, text_value)),
-        LinearGroup((f"{block}.attn2.to_out.0",), ValueProjection(text_value)),
+        *self_attention(f"{block}.attn1", ModulatedNorm(modulation), carries=False),
+        *cross_attention(f"{block}.attn2"),
     ]

@@ -7,8 +7,8 @@ tokens, where Wan's has them after. What embeds the frame rate adds to the modul
 
 from torch import nn
 
-from diffusers_dq.specs.base import SPECS, ModelSpec, block_names
-from diffusers_dq.specs.wan import wan_modulation, wan_spec
+from diffusers_dq.specs.base import SPECS, ModelSpec
+from diffusers_dq.specs.blocks import block_names, wan_modulation, wan_spec
 
 
 @SPECS.register("SkyReelsV2Transformer3DModel")

@@ -11,22 +11,10 @@ timestep and their input is a few hundred tokens: they stay in full precision.
 Wan 2.2 A14B has two of these models, one for each end of the schedule; this is about one of them.
 """
 
-from collections.abc import Iterable
-
 from torch import nn
 
-from diffusers_dq.specs.base import (
-    SPECS,
-    LinearGroup,
-    ModelSpec,
-    ModulatedNorm,
-    ModulationArgument,
-    TextProjections,
-    TimestepRange,
-    ValueProjection,
-    alone,
-    block_names,
-)
+from diffusers_dq.specs.base import SPECS, ModelSpec
+from diffusers_dq.specs.blocks import alone, block_names, wan_modulation, wan_spec
 
 
 @SPECS.register("WanTransformer3DModel")
@@ -41,48 +29,3 @@ def wan_vace(model: nn.Module) -> ModelSpec:
     ends = [f"{block}.proj_out" for block in control]
     modulations = [wan_modulation(block) for block in (*block_names(model, "blocks"), *control)]
     return wan_spec(model, modulations, alone(f"{control[0]}.proj_in", *ends))
-
-
-def wan_modulation(block: str, axis: int = -2) -> ModulationArgument:
-    """axis: of the argument, where its six chunks lie."""
-    return ModulationArgument(block, "temb", chunks=6, table="scale_shift_table", axis=axis)
-
-
-def wan_spec(
-    model: nn.Module,
-    modulations: Iterable[ModulationArgument],
-    further: Iterable[LinearGroup] = (),
-    not_converted: tuple[str, ...] = (),
-) -> ModelSpec:
-    """modulations: one a block.   further, not_converted: groups and parts of names that not all these models have."""
-    modulations = list(modulations)
-    picture = model.get_submodule(f"{modulations[0].block}.attn2").add_k_proj is not None
-    groups = [group for modulation in modulations for group in _block_groups(modulation, picture)]
-    read_once = ["attn2.to_k", "attn2.to_v", *(("attn2.add_k_proj", "attn2.add_v_proj") if picture else ())]
-    return ModelSpec(
-        groups=(*groups, *further),
-        not_converted=("condition_embedder", "proj_out", *read_once, *not_converted),
-        timestep=TimestepRange(per_token=True),
-        text=TextProjections(
-            tuple(f"{modulation.block}.{linear}" for modulation in modulations for linear in read_once),
-            ("encoder_hidden_states", *(("encoder_hidden_states_image",) if picture else ())),
-        ),
-    )
-
-
-def _block_groups(modulation: ModulationArgument, picture: bool) -> list[LinearGroup]:
-    block = modulation.block
-    query, key, value = (f"{block}.attn1.to_{letter}" for letter in "qkv")
-    text_query, text_key, text_value = (f"{block}.attn2.to_{letter}" for letter in "qkv")
-    groups = [
-        LinearGroup((query, key, value), ModulatedNorm(modulation, chunks=((0, 1),))),
-        LinearGroup((f"{block}.attn1.to_out.0",), ValueProjection(value)),
-        LinearGroup((text_query,)),
-        LinearGroup((text_key, text_value)),
-        LinearGroup((f"{block}.attn2.to_out.0",), None if picture else ValueProjection(text_value)),
-        LinearGroup((f"{block}.ffn.net.0.proj",), ModulatedNorm(modulation, chunks=((3, 4),))),
-        LinearGroup((f"{block}.ffn.net.2",)),
-    ]
-    if picture:
-        groups.append(LinearGroup((f"{block}.attn2.add_k_proj", f"{block}.attn2.add_v_proj")))
-    return groups

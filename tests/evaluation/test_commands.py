@@ -69,7 +69,7 @@ def test_a_model_is_measured_and_a_second_run_samples_nothing(evaluated, monkeyp
     run(*arguments)
     again = json.loads((folder / "out" / "metrics.json").read_text())
     assert again["figures"] == content["figures"]
-    text = run(*[3 if argument == 2 else argument for argument in arguments], exit_code=2)
+    text = run(*[3 if argument == 2 else argument for argument in arguments], exit_code=1)
     assert "pictures of other settings: batch 2, now 3; steps 2, now 3" in text
 
 
@@ -125,7 +125,7 @@ def test_a_mistake_is_one_line_that_says_what_to_do(dit_folder, tmp_path, argume
     arguments = [str(argument).format(tmp=tmp_path) for argument in arguments]
     if "--reference" in arguments:
         arguments += ["--features", f"{tmp_path / 'network.py'}:Means"]
-    text = run(dit_folder, *SIZES, "--output", tmp_path / "out", *arguments, exit_code=2)
+    text = run(dit_folder, *SIZES, "--output", tmp_path / "out", *arguments, exit_code=1)
     (error,) = [line for line in text.splitlines() if line.startswith("error: ")]
     assert message in error
     assert "Traceback" not in text and not list((tmp_path / "out").rglob("pictures-*"))
@@ -134,18 +134,18 @@ def test_a_mistake_is_one_line_that_says_what_to_do(dit_folder, tmp_path, argume
 def test_a_reference_without_a_network_is_an_error_before_anything_is_sampled(evaluated, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
     folder, (model, *_) = evaluated
-    text = run(model, *SIZES, "--reference", folder / "real.npz", "--output", tmp_path, exit_code=2)
+    text = run(model, *SIZES, "--reference", folder / "real.npz", "--output", tmp_path, exit_code=1)
     assert "error: the Inception network is not to be had here" in text and "or give --features" in text
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("model", ["/no/such/folder", "no_such_folder", "{tmp}"])
 def test_a_model_that_is_not_there_is_one_line(tmp_path, model):
-    text = run(model.format(tmp=tmp_path), *SIZES, "--output", tmp_path / "out", exit_code=2)
+    text = run(model.format(tmp=tmp_path), *SIZES, "--output", tmp_path / "out", exit_code=1)
     assert "error: there is no folder" in text or "holds no model_index.json" in text
 
 
 def test_a_model_without_labels_asks_for_the_number_of_classes(dit_folder, tmp_path):
     sizes = [argument for argument in SIZES if argument not in ("--classes", 20)]
-    text = run(dit_folder, *sizes, "--output", tmp_path, exit_code=2)
+    text = run(dit_folder, *sizes, "--output", tmp_path, exit_code=1)
     assert "DiTPipeline is told a class: give --classes" in text

@@ -24,6 +24,16 @@ def same(model, other):
     return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
+def save_shards(tensors, folder, first=slice(20), second=slice(20, None)):
+    """Two files in the layout of the Hub, and the index that names them."""
+    shards = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+    names, files = sorted(tensors), {}
+    for file, part in zip(shards, (first, second), strict=True):
+        save_file({name: tensors[name].float() for name in names[part]}, folder / file)
+        files |= dict.fromkeys(names[part], file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+
+
 @pytest.mark.parametrize("nest", [None, "ema", "state_dict"], ids=str)
 def test_a_pth_file_is_read_flat_or_nested(published_v1, nest, tmp_path):
     positions = {"pos_embed": torch.zeros(1, 4, 32), "pos_embed_temporal": torch.zeros(1, 2, 32)}
@@ -40,9 +50,8 @@ def test_a_folder_in_the_layout_of_the_hub_is_read(published_v3, tmp_path):
     """Also sharded; heads and the size of positions are in config.json."""
     config = {"num_heads": 2, "input_sq_size": 256, "model_type": "STDiT3", "enable_flash_attn": True}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    names = sorted(published_v3)
-    save_file({name: published_v3[name].float() for name in names[:20]}, tmp_path / "model-00001-of-00002.safetensors")
-    save_file({name: published_v3[name].float() for name in names[20:]}, tmp_path / "model-00002-of-00002.safetensors")
+    save_shards(published_v3, tmp_path)
+    save_file({"blocks.0.mlp.fc1.bias": torch.zeros(3)}, tmp_path / "ema.safetensors")  # which the index does not name
     model = load_open_sora(tmp_path, dtype=torch.bfloat16)
     assert isinstance(model, STDiT3Transformer3DModel)
     assert same(model, from_original(published_v3, dtype=torch.bfloat16, sample_size=256))
@@ -140,6 +149,8 @@ def test_variants_that_compute_otherwise_are_refused(published_v3, tmp_path):
 def test_places_without_a_checkpoint_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no file or folder"):
         load_open_sora(tmp_path / "absent.pth")
+    with pytest.raises(ValueError, match=r"holds no absent\.pth"):
+        load_open_sora(tmp_path, filename="absent.pth")
     with pytest.raises(ValueError, match="no config.json"):
         load_open_sora(tmp_path)
     (tmp_path / "config.json").write_text("{}")
@@ -151,3 +162,76 @@ def test_places_without_a_checkpoint_are_refused(tmp_path):
     (tmp_path / "cut.pth").write_bytes(os.urandom(64))
     with pytest.raises(ValueError, match=r"cut\.pth is damaged"):
         load_open_sora(tmp_path / "cut.pth")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "config.json").write_text('{"num_heads": 2}')
+    return tmp_path
+
+
+def test_of_several_files_the_model_is_read(published_v3, folder):
+    """Averaged weights beside the model are no part of it, and a file of another name is one when it is alone."""
+    averaged = {name: tensor + 1 if tensor.is_floating_point() else tensor for name, tensor in published_v3.items()}
+    averaged["rope.freqs"] = published_v3["rope.freqs"]
+    save_file(averaged, folder / "ema.safetensors")
+    assert same(load_open_sora(folder), from_original(averaged))
+    save_file(published_v3, folder / "model.safetensors")
+    assert same(load_open_sora(folder), from_original(published_v3))
+    assert same(load_open_sora(folder, filename="ema.safetensors"), from_original(averaged))
+    (folder / "model.safetensors").rename(folder / "other.safetensors")
+    with pytest.raises(ValueError, match=r"holds ema.safetensors, other.safetensors, and neither .* filename="):
+        load_open_sora(folder)
+
+
+def test_a_tensor_that_is_there_twice_is_refused(published_v1, published_v3, folder):
+    save_shards(published_v3, folder, second=slice(19, None))
+    with pytest.raises(ValueError, match=f"00002.safetensors holds tensors that another.*{sorted(published_v3)[19]}"):
+        load_open_sora(folder)
+    twin = {"spatial_blocks.0.mlp.fc1.bias": published_v1["blocks.0.mlp.fc1.bias"]}
+    with pytest.raises(
+        ValueError, match=r"under another name too: spatial_blocks.0.mlp.fc1.bias \(transformer_blocks"
+    ):
+        from_original({**published_v1, **twin}, **HEADS)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ('{"weight_map": {"a": "model-00003-of-00003.safetensors"}}', "absent: model-00003-of-00003.safetensors"),
+        ('{"weight_map": {"a": "../secret.safetensors"}}', "absent: ../secret.safetensors"),
+        ('{"weight_map": {}}', "must name files"),
+        ("[]", "expected a JSON object, found list"),
+        ("{", "index.json is damaged"),
+    ],
+    ids=["absent", "elsewhere", "empty", "list", "cut"],
+)
+def test_an_index_that_names_no_files_is_refused(published_v3, folder, index, message):
+    save_shards(published_v3, folder)
+    save_file({"a": torch.ones(1)}, folder.parent / "secret.safetensors")
+    (folder / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ValueError, match=message):
+        load_open_sora(folder)
+
+
+@pytest.mark.parametrize("name", ["stdit.pth", "old.pth", "stdit.safetensors"])
+@pytest.mark.parametrize("kept", [0, 1, 7, 8, 1000, 0.5, 0.99], ids=str)
+def test_a_file_that_is_cut_short_is_refused(published_v1, name, kept, tmp_path):
+    """kept: bytes, or a share of them. old.pth: as torch wrote files before 1.6, without a table of contents."""
+    file = tmp_path / name
+    if name == "stdit.safetensors":
+        save_file(published_v1, file)
+    else:
+        torch.save(published_v1, file, _use_new_zipfile_serialization=name == "stdit.pth")
+    assert load_open_sora(file, **HEADS)
+    whole = file.read_bytes()
+    file.write_bytes(whole[: kept if isinstance(kept, int) else int(kept * len(whole))])
+    with pytest.raises(ValueError, match=f"{name} is damaged"):
+        load_open_sora(file, **HEADS)
+
+
+@pytest.mark.parametrize("content", [[1], torch.ones(2), {1: torch.ones(2)}], ids=["list", "tensor", "number"])
+def test_a_file_of_something_else_is_refused(content, tmp_path):
+    torch.save(content, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="expected a state dict of tensors"):
+        load_open_sora(tmp_path / "other.pth")

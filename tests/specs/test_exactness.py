@@ -11,6 +11,7 @@ from torch import nn
 import diffusers_dq as dq
 from diffusers_dq.denoise import TimestepArgument
 from diffusers_dq.modulation import Modulation
+from diffusers_dq.planning import kept_in_full_precision
 from diffusers_dq.replay import blocks_of
 from diffusers_dq.specs import SPECS, spec_of
 from diffusers_dq.transforms import Chain, Scale, Shift
@@ -75,10 +76,12 @@ def test_every_linear_is_in_one_group_or_left_by_name(tiny):
     spec = spec_of(model)
     grouped = [linear for group in spec.groups for linear in group.linears]
     assert len(grouped) == len(set(grouped)) and set(grouped) <= set(_linears(model))
-    for name in _linears(model):
-        assert name in grouped or any(part in name for part in spec.not_converted), name
+    kept = kept_in_full_precision(model, spec, dq.DQConfig("rtn"))  # the planner's rule, not ours
+    forgotten = {name: reason for name, reason in kept.items() if "in no group" in reason}
+    assert not forgotten
     for part in spec.not_converted:
-        assert any(part in name for name in _linears(model)), f"{part} is part of no linear's name"
+        reason = f"{part!r} is in the architecture's modules_to_not_convert"
+        assert reason in kept.values(), f"{part} keeps no linear in full precision that no part before it keeps"
 
 
 def test_it_says_where_the_timestep_is(tiny):

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`diffusers-dq calibrate ...`"""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from diffusers import DiffusionPipeline
+
+import diffusers_dq as dq
+from diffusers_dq.commands.console import device_of, emit, note
+from diffusers_dq.commands.options import (
+    Argument,
+    Batch,
+    Calls,
+    ClassLabels,
+    Component,
+    Conditions,
+    Device,
+    Dtype,
+    Guidance,
+    Json,
+    Model,
+    Prompt,
+    Prompts,
+    Seed,
+    Steps,
+)
+from diffusers_dq.evaluation.loading import load_pipeline
+from diffusers_dq.statistics import Statistics, check_writable
+
+
+def calibrate(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="the statistics, for quantize")],
+    prompt: Prompt = None,
+    prompts: Prompts = None,
+    class_labels: ClassLabels = "",
+    calls: Calls = None,
+    guidance: Guidance = None,
+    argument: Argument = None,
+    batch: Batch = 8,
+    steps: Steps = 50,
+    seed: Seed = 0,
+    second_moments: Annotated[
+        bool, typer.Option("--second-moments", help="for --option rounding=gptq, exactly")
+    ] = False,
+    samples: Annotated[int, typer.Option("--samples", min=0, help="whole inputs kept, for reconstruction")] = 32,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="kept until the end; by default FILE of --output and .checkpoint"),
+    ] = None,
+    component: Component = None,
+    device: Device = "",
+    dtype: Dtype = "float32",
+    json: Json = False,
+) -> None:
+    """Observe a model's activations over its denoising steps.
+
+    Call it as the model will be used: prompts or labels, guidance, size. After each call a checkpoint is written:
+    after Ctrl-C the same command goes on behind the last whole one.
+    """
+    conditions = Conditions(
+        prompt=prompt, prompts=prompts, class_labels=class_labels, calls=calls, guidance=guidance, argument=argument,
+        batch=batch,
+    )  # fmt: skip
+    check_writable(output)
+    pipe = load_pipeline(model, dtype, device_of(device))
+    arguments = conditions.calls_of(pipe)
+    checkpoint = checkpoint or output.with_name(f"{output.name}.checkpoint")
+    settings = dict(second_moments=second_moments, samples=samples, component=component)
+    statistics = resumable(pipe, arguments, checkpoint, num_inference_steps=steps, seed=seed, **settings)
+    statistics.save(output)
+    checkpoint.unlink(missing_ok=True)
+    content = {
+        "statistics": output,
+        "bytes": output.stat().st_size,
+        "calls": len(arguments),
+        "timesteps": len(statistics.timesteps),
+        "activations": len(statistics.sites),
+        "about": dict(statistics.about),
+    }
+    text = (
+        f"{len(statistics.sites)} activations at {len(statistics.timesteps)} timesteps, {len(arguments)} calls\n"
+        f"written: {output} ({content['bytes']:,} bytes)\n"
+        f"next: diffusers-dq quantize {shlex.quote(model)} --statistics {shlex.quote(str(output))}"
+        " --preset quality --output FOLDER"
+    )
+    emit(content, text, as_json=json)
+
+
+def resumable(pipe: DiffusionPipeline, calls: list[dict[str, Any]], checkpoint: Path, **settings: Any) -> Statistics:
+    """`dq.calibrate` with a checkpoint; Ctrl-C says what is kept and how to go on."""
+    if checkpoint.exists():
+        note(f"going on from {checkpoint}; delete it to start anew")
+    try:
+        return dq.calibrate(pipe, calls, checkpoint=checkpoint, **settings)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_how_to_go_on(checkpoint, len(calls))) from None
+
+
+def _how_to_go_on(checkpoint: Path, calls: int) -> str:
+    if not checkpoint.exists():
+        return "no call was complete, nothing is kept; the same command starts anew"
+    done = Statistics.load(checkpoint).about["calls_done"]
+    return (
+        f"{done} of {calls} calls are kept in {checkpoint}; go on with: {shlex.join(['diffusers-dq', *sys.argv[1:]])}"
+    )

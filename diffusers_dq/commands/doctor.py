@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`diffusers-dq doctor`"""
+
+import functools
+import os
+import platform
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+from huggingface_hub.constants import HF_HUB_CACHE
+from packaging.requirements import Requirement
+
+import diffusers_dq_kernels as ops
+from diffusers_dq.commands.console import emit
+from diffusers_dq.commands.options import Json
+
+OPS = tuple(name for name in ops.__all__ if hasattr(getattr(ops, name), "op"))  # those of torch.library
+_LITTLE = 5 * 2**30  # bytes: less than many a published transformer
+
+
+@dataclass(frozen=True)
+class Finding:
+    """level: "ok", "advice" (slower, or something optional is missing) or "broken".   do: what helps."""
+
+    level: str
+    what: str
+    do: str = ""
+
+
+def doctor(json: Json = False) -> None:
+    """Which kernels run on this machine and why, and what to install.
+
+    Exit code 1 where something that is needed is missing, too old or gives wrong numbers.
+    """
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    backends = {device: {op: ops.backend(op, device) for op in OPS} for device in devices}
+    versions, wrong = _packages()
+    findings = [*wrong, *_hardware(), *_arithmetic(devices), *_disk()]
+    content = {
+        "versions": versions,
+        "devices": _devices(),
+        "backends": {
+            device: {op: {"backend": name, "reason": reason} for op, (name, reason) in found.items()}
+            for device, found in backends.items()
+        },
+        "cache": {"folder": HF_HUB_CACHE, "free_bytes": _free(Path(HF_HUB_CACHE))},
+        "findings": [asdict(finding) for finding in findings],
+        "healthy": not any(finding.level == "broken" for finding in findings),
+    }
+    emit(content, _text(content, findings), as_json=json)
+    if not content["healthy"]:
+        raise typer.Exit(1)
+
+
+def _packages() -> tuple[dict[str, str | None], list[Finding]]:
+    """Versions of all that the package names; what is wrong of needed ones is broken, of optional ones advice."""
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    missing: dict[str, list[str]] = {}
+    findings = []
+    for text in metadata.requires("diffusers-dq") or ():
+        requirement = Requirement(text)
+        extra = _extra_of(requirement)
+        if extra == "dev" or (requirement.marker and not requirement.marker.evaluate({"extra": extra})):
+            continue
+        version = versions[requirement.name] = _version(requirement.name)
+        if version is None and extra:
+            missing.setdefault(extra, []).append(requirement.name)
+        elif version is None:
+            what = f"{requirement.name} is not installed, which diffusers-dq needs"
+            # without Triton everything runs, on a GPU slowly
+            level = "advice" if requirement.name == "triton" and not torch.cuda.is_available() else "broken"
+            findings.append(Finding(level, what, f"pip install '{requirement.name}{requirement.specifier}'"))
+        elif not requirement.specifier.contains(version, prereleases=True):
+            who = f"diffusers-dq[{extra}]" if extra else "diffusers-dq"
+            what = f"{requirement.name} is {version}, {who} needs {requirement.specifier}"
+            level = "advice" if extra else "broken"
+            findings.append(Finding(level, what, f"pip install '{requirement.name}{requirement.specifier}'"))
+    for extra, names in missing.items():
+        what = f"without {', '.join(names)}: extra {extra!r}"
+        findings.append(Finding("advice", what, f"pip install 'diffusers-dq[{extra}]'"))
+    versions |= {name: _version(name) for name in ("transformers", "huggingface-hub", "diffusers-dq")}
+    if versions["transformers"] is None:
+        what = "no transformers: pipelines with a text encoder cannot be loaded, class-conditional ones can"
+        findings.append(Finding("advice", what, "pip install transformers"))
+    return dict(sorted(versions.items())), findings
+
+
+def _extra_of(requirement: Requirement) -> str:
+    """Of the marker `extra == "..."`; "" for none."""
+    marker = str(requirement.marker or "")
+    return marker.partition('extra == "')[2].partition('"')[0]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _devices() -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "cpu": {
+            "name": _cpu_name(),
+            "threads": torch.get_num_threads(),
+            "instructions": torch.backends.cpu.get_cpu_capability(),
+            "onednn": torch.backends.mkldnn.is_available(),
+            "vnni": _vnni(),
+        }
+    }
+    for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        properties = torch.cuda.get_device_properties(i)
+        capability = f"{properties.major}.{properties.minor}"
+        found[f"cuda:{i}"] = {"name": properties.name, "bytes": properties.total_memory, "capability": capability}
+    return found
+
+
+def _cpu_name() -> str:
+    return _cpu_field("model name") or platform.processor() or platform.machine()
+
+
+def _vnni() -> bool | None:
+    """Whether the CPU multiplies int8 exactly in one instruction; None where the system does not say."""
+    flags = _cpu_field("flags") or _cpu_field("Features")
+    return None if flags is None else bool({"avx512_vnni", "avx_vnni", "asimddp"} & set(flags.split()))
+
+
+def _cpu_field(name: str) -> str | None:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == name), None)
+
+
+def _hardware() -> list[Finding]:
+    findings = []
+    caveat = ops.backend("linear_w8a8", "cpu")[1]
+    if caveat:
+        findings.append(Finding("advice", f"CPU: {caveat}", "a CPU with AVX-512 VNNI or AVX-VNNI, or a GPU"))
+    if not torch.cuda.is_available():
+        if torch.version.cuda is None and torch.version.hip is None:
+            why, do = f"torch {torch.__version__} is built without CUDA", "with an NVIDIA GPU: a CUDA build of torch"
+        else:
+            why, do = "torch sees no GPU", "nvidia-smi says whether the driver does; see CUDA_VISIBLE_DEVICES too"
+        findings.append(Finding("advice", f"no GPU: {why}; models run on the CPU", do))
+    elif ops.backend("linear_w8a8", "cuda")[0] != "triton":
+        reason = ops.backend("linear_w8a8", "cuda")[1]
+        findings.append(Finding("broken", f"on the GPU {reason}", "pip install 'triton>=3.4,<3.8'"))
+    return findings
+
+
+def _arithmetic(devices: list[str]) -> list[Finding]:
+    """Runs the int8 product on each device and compares it with int64 arithmetic, which it must equal exactly."""
+    return [_tried(f"int8 product on {device}", functools.partial(_product, device)) for device in devices]
+
+
+def _tried(what: str, check: Callable[[], bool]) -> Finding:
+    try:
+        right = check()
+    except Exception as error:
+        return Finding("broken", f"{what} fails: {' '.join(str(error).split())[:300]}", "reinstall torch and triton")
+    if not right:
+        return Finding("broken", f"{what} gives wrong numbers", "report it, with the versions above")
+    return Finding("ok", f"{what} is exact")
+
+
+def _product(device: str) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(-128, 128, (32, 64), generator=generator, dtype=torch.int8)
+    weight = torch.randint(-127, 128, (48, 64), generator=generator, dtype=torch.int8)
+    scales = torch.ones(48, device=device), torch.ones(32, device=device)  # of weight and input, not used in int32
+    group = torch.zeros(1, dtype=torch.long, device=device)
+    y = ops.linear_w8a8(x.to(device), weight.to(device), *scales, None, None, None, group, torch.int32)
+    return torch.equal(y.cpu().long(), x.long() @ weight.long().t())
+
+
+def _disk() -> list[Finding]:
+    cache = Path(HF_HUB_CACHE)
+    free = _free(cache)
+    findings = []
+    if free < _LITTLE:
+        what = f"{free / 2**30:.1f} GiB free for {cache}, less than many a model takes"
+        findings.append(Finding("advice", what, "hf cache ls shows what is there; HF_HOME moves the folder"))
+    if not os.access(_existing(cache), os.W_OK):
+        findings.append(Finding("advice", f"{cache} cannot be written to: nothing can be downloaded", "set HF_HOME"))
+    return findings
+
+
+def _existing(folder: Path) -> Path:
+    return next(place for place in (folder, *folder.parents) if place.exists())
+
+
+def _free(folder: Path) -> int:
+    return shutil.disk_usage(_existing(folder)).free
+
+
+def _text(content: dict[str, Any], findings: list[Finding]) -> str:
+    lines = ["versions"]
+    lines += [f"  {name:<18} {version or 'not installed'}" for name, version in content["versions"].items()]
+    lines.append("devices")
+    for device, about in content["devices"].items():
+        facts = ", ".join(f"{key} {value}" for key, value in about.items() if key != "name")
+        lines.append(f"  {device:<18} {about['name']}: {facts}")
+    for device, found in content["backends"].items():
+        lines.append(f"kernels on {device}")
+        for op, entry in found.items():
+            lines.append(f"  {op:<22} {entry['backend']:<10} {entry['reason'] or ''}".rstrip())
+    cache = content["cache"]
+    lines.append(f"models are kept in {cache['folder']}, {cache['free_bytes'] / 2**30:.1f} GiB free")
+    lines.append("findings")
+    for finding in findings:
+        lines.append(f"  {finding.level:<7} {finding.what}" + (f"\n          -> {finding.do}" if finding.do else ""))
+    lines.append(
+        "all that is needed works" if content["healthy"] else "something that is needed does not work, see above"
+    )
+    return "\n".join(lines)

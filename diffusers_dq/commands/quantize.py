@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`diffusers-dq quantize ...`"""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import typer
+
+import diffusers_dq as dq
+from diffusers_dq.commands.calibrate import resumable
+from diffusers_dq.commands.console import check_folder, device_of, emit
+from diffusers_dq.commands.options import (
+    ActivationBits,
+    Argument,
+    Batch,
+    Calls,
+    ClassLabels,
+    Component,
+    Conditions,
+    Config,
+    Device,
+    Dtype,
+    Guidance,
+    Json,
+    Method,
+    Model,
+    Option,
+    OutputFolder,
+    Overwrite,
+    Preset,
+    Prompt,
+    Prompts,
+    Seed,
+    StatisticsFile,
+    Steps,
+    WeightBits,
+    config_of,
+)
+from diffusers_dq.evaluation.loading import load_pipeline
+
+
+def quantize(
+    model: Model,
+    output: OutputFolder,
+    method: Method = None,
+    preset: Preset = None,
+    weight_bits: WeightBits = None,
+    activation_bits: ActivationBits = None,
+    option: Option = None,
+    config: Config = None,
+    statistics: StatisticsFile = None,
+    prompt: Prompt = None,
+    prompts: Prompts = None,
+    class_labels: ClassLabels = "",
+    calls: Calls = None,
+    guidance: Guidance = None,
+    argument: Argument = None,
+    batch: Batch = 8,
+    steps: Steps = 50,
+    seed: Seed = 0,
+    component: Component = None,
+    overwrite: Overwrite = False,
+    device: Device = "",
+    dtype: Dtype = "float32",
+    json: Json = False,
+) -> None:
+    """Quantize a pipeline's transformer and save the pipeline.
+
+    Without --statistics, a method that needs them calibrates first, on what --prompt and its kin say, and keeps them
+    beside --output; Ctrl-C leaves what the same command goes on from.
+    """
+    settings = config_of(method, preset, weight_bits, activation_bits, option, config)
+    conditions = Conditions(
+        prompt=prompt, prompts=prompts, class_labels=class_labels, calls=calls, guidance=guidance, argument=argument,
+        batch=batch,
+    )  # fmt: skip
+    if Path(model).is_dir() and output.resolve() == Path(model).resolve():
+        raise typer.BadParameter("--output is the model's own folder, which it would overwrite; give another")
+    if statistics is not None and not statistics.is_file():
+        raise typer.BadParameter(f"--statistics {statistics} is no file; diffusers-dq calibrate makes one")
+    check_folder(output, overwrite=overwrite)
+    pipe = load_pipeline(model, dtype, device_of(device))
+    found: Any = statistics or settings.statistics
+    if found is None and settings.needs_statistics:
+        found = output.parent / f"{output.name}.statistics.safetensors"
+        arguments = conditions.calls_of(pipe)
+        resumable(pipe, arguments, found, num_inference_steps=steps, seed=seed, component=component)
+    learned = output.parent / f"{output.name}.reconstruction"
+    learns = settings.recipe.rounding == "adaround"
+    try:
+        report = dq.quantize(
+            pipe, settings, statistics=found, component=component, checkpoint=learned if learns else None
+        )
+    except KeyboardInterrupt:
+        kept = ", ".join(str(place) for place in (found, learned) if place is not None and Path(place).exists())
+        raise KeyboardInterrupt(f"the same command goes on from {kept or 'the start'}") from None
+    pipe.save_pretrained(output)
+    learned.unlink(missing_ok=True)
+    content = {
+        "output": output,
+        "method": report.method,
+        "config": settings.to_diff_dict(),
+        "statistics": found,
+        "quantized": len(report.quantized),
+        "kept": report.kept,
+        "bytes": report.nbytes,
+        "linears": [asdict(row) for row in report.linears],
+    }
+    text = f"{report}\nwritten: {output}" + (f"\nstatistics: {found}" if found else "")
+    emit(content, text, as_json=json)

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every code block of README.md and docs/ runs, with small stand-ins for models of the Hub (code_blocks.py)."""
+
+import re
+import shlex
+from typing import Any
+
+import pytest
+import torch
+
+from diffusers_dq_cli import COMMANDS, load
+from docs.code_blocks import PAGES, ROOT, Block, blocks, expected, stand_ins
+
+tomllib = pytest.importorskip("tomllib")  # Python 3.11
+
+SHELL = ("bash", "sh", "shell", "console")
+PYTHON_PAGES = [page for page in PAGES if any(block.language == "python" for block in blocks(page))]
+
+
+@pytest.mark.parametrize("page", PYTHON_PAGES)
+def test_python_runs_from_the_top_of_the_page_to_its_end(page, tmp_path, monkeypatch, capsys):
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(work)
+    namespace: dict[str, Any] = {"__name__": "page"}
+    with stand_ins(tmp_path), torch.random.fork_rng():
+        for block in blocks(page):
+            if block.language == "python" and not block.reason:
+                run(block, namespace)
+
+
+def run(block: Block, namespace: dict[str, Any]) -> None:
+    """With the line numbers of the page, so that a traceback points there."""
+    namespace.update(expected(block), __file__=str(block.source))
+    above = "\n" * (block.line - 1 if block.source == PAGES[block.page] else 0)
+    exec(compile(above + block.code, str(block.source), "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_blocks_are_python_shell_or_output(page):
+    for block in blocks(page):
+        assert block.language in ("python", *SHELL, "text", ""), f"{block}: nothing checks a {block.language} block"
+
+
+def test_what_is_not_executed_is_rare_and_says_why():
+    reasons = {str(block): block.reason for page in PAGES for block in blocks(page) if block.reason}
+    assert all(len(reason.split()) > 3 for reason in reasons.values()), reasons
+    assert len(reasons) <= 2, f"more and more blocks are not executed: {reasons}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_exist(page):
+    for block in blocks(page):
+        if block.language in SHELL:
+            for line in block.code.replace("\\\n", " ").splitlines():
+                words = shlex.split(line.removeprefix("$ "), comments=True)
+                if words:
+                    assert not (problem := wrong_with(words)), f"{block}: `{line}`: {problem}"
+
+
+def wrong_with(words: list[str]) -> str:
+    """Of a shell command: what does not exist, or "" if all does."""
+    match words:
+        case ["make", *targets]:
+            known = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+            return ", ".join(f"no target {target}" for target in targets if target not in known and "=" not in target)
+        case ["python", script, *_] if script.endswith(".py"):
+            return "" if (ROOT / script).exists() else f"no file {script}"
+        case ["pip", "install", *what]:
+            extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+            asked = [extra for word in what for extra in re.findall(r"[\w-]+", "".join(re.findall(r"\[(.+)\]", word)))]
+            return ", ".join(f"no extra {extra}" for extra in asked if extra not in extras)
+        case ["diffusers-dq", name, *arguments]:
+            return wrong_with_arguments(load(name), arguments) if name in COMMANDS else f"no command {name}"
+        case ["accelerate", "launch", *rest] if "diffusers-dq" in rest:
+            return wrong_with(rest[rest.index("diffusers-dq") :])
+    return "nothing here knows this command: teach wrong_with, or write it as text"
+
+
+def wrong_with_arguments(command: Any, arguments: list[str]) -> str:
+    while arguments and hasattr(command, "commands"):
+        if arguments[0] not in command.commands:
+            return f"no command {arguments[0]}"
+        command, arguments = command.commands[arguments[0]], arguments[1:]
+    known = {name for parameter in command.params for name in parameter.opts} | {"--help"}
+    asked = [word.partition("=")[0] for word in arguments if word.startswith("--")]
+    return ", ".join(f"no option {option}" for option in asked if option not in known)
+
+
+def test_wrong_commands_are_found():
+    assert wrong_with(["make", "coffee"]) == "no target coffee"
+    assert wrong_with(["python", "examples/none.py"]) == "no file examples/none.py"
+    assert wrong_with(["pip", "install", ".[eval,none]"]) == "no extra none"
+    assert wrong_with(["diffusers-dq", "evaluate", "MODEL", "--nonesuch", "1"]) == "no option --nonesuch"
+    assert wrong_with(["diffusers-dq", "none"]) == "no command none"
+    assert wrong_with(["curl", "x"])
+    assert not wrong_with(["diffusers-dq", "evaluate", "MODEL", "--output", "OUT", "--images", "5000"])

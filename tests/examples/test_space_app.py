@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""examples/space_app.py without a browser; with gradio where it is installed."""
+
+import importlib.util
+import sys
+from copy import deepcopy
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import tiny_pipeline
+
+import diffusers_dq as dq
+from diffusers_dq.denoise import run_call
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "space_app.py"
+
+
+@pytest.fixture(scope="module")
+def app():
+    spec = importlib.util.spec_from_file_location("space_app", EXAMPLE)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["space_app"] = module  # dataclasses look there
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["space_app"]
+
+
+@pytest.fixture(scope="module")
+def pair(app):
+    reference = tiny_pipeline()
+    reference.labels = {"cat": 1, "dog": 0, "puppy": 0}
+    quantized = deepcopy(reference)
+    dq.quantize(quantized, dq.DQConfig("rtn", weight_bits=4), progress=False)
+    return app.Pair(reference, quantized, "tiny", app.names_of(reference))
+
+
+@pytest.fixture(autouse=True)
+def small(app, monkeypatch):
+    monkeypatch.setattr(app, "ssim", lambda x, y: np.ones(len(x)))  # pictures of 8 x 8 are smaller than its window
+
+
+def test_both_make_the_pictures_of_the_seed(app, pair):
+    shown = app.side_by_side(pair, "cat", seed=3, steps=2, pictures=2)
+    call = dict(class_labels=[1, 1], guidance_scale=1.5)
+    for pipe, images in ((pair.reference, shown.reference), (pair.quantized, shown.quantized)):
+        expected = run_call(pipe, call, num_inference_steps=2, seed=3, output_type="np")
+        factor = len(images[0]) // expected.shape[1]
+        assert len(images) == 2 and factor > 1
+        for image, original in zip(images, expected, strict=True):
+            assert np.array_equal(image[::factor, ::factor], (original.clip(0, 1) * 255).round().astype(np.uint8))
+    assert not np.array_equal(shown.reference[0], shown.quantized[0])
+    assert np.concatenate(shown.difference).any() and "PSNR" in shown.summary
+
+
+def test_seed_and_steps_matter_and_a_repetition_does_not(app, pair):
+    def first(**settings):
+        return app.side_by_side(pair, "dog", pictures=1, **settings).reference[0]
+
+    once = first(seed=0, steps=2)
+    assert np.array_equal(once, first(seed=0, steps=2))
+    assert not np.array_equal(once, first(seed=1, steps=2)) and not np.array_equal(once, first(seed=0, steps=3))
+
+
+def test_the_first_name_of_a_class_is_shown(pair):
+    assert pair.labels == ("dog", "cat")
+
+
+def test_what_cannot_be_shown_is_refused(app, pair):
+    with pytest.raises(ValueError, match="'cow' is no class of this model; it has dog, cat"):
+        app.side_by_side(pair, "cow", seed=0, steps=2)
+    for wrong in (dict(seed=-1, steps=2), dict(seed=0, steps=0), dict(seed=0, steps=2, pictures=9)):
+        with pytest.raises(ValueError, match="expected a seed from 0"):
+            app.side_by_side(pair, "cat", **wrong)
+
+
+def test_without_gradio_it_says_what_to_install(app, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.setattr(app, "demo_pair", lambda *arguments: pytest.fail("a model is loaded"))
+    with pytest.raises(SystemExit, match="needs gradio.*pip install gradio"):
+        app.main([])
+
+
+def test_the_page_can_be_built(app, pair):
+    pytest.importorskip("gradio")
+    labels = {part.label for part in app.build(pair).blocks.values() if getattr(part, "label", None)}
+    assert {"class", "seed", "denoising steps", "full precision", "quantized", "difference"} <= labels
+
+
+@pytest.mark.slow
+def test_the_demo_pair_is_close_and_not_the_same(app):
+    pair = app.demo_pair(calibration_steps=5)
+    shown = app.side_by_side(pair, pair.labels[0], seed=0, steps=5, pictures=2)
+    difference = np.abs(np.stack(shown.reference).astype(float) - np.stack(shown.quantized))
+    assert 0 < difference.mean() < 10, "of 255; noise would be about 80"
