@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-host test-all coverage check style docs build benchmark clean
+.PHONY: demo test test-slow test-host test-all coverage check style docs build benchmark clean
 
 # torch first and pinned: an unpinned one pulls gigabytes of CUDA packages, also into pip's build environments
 .venv/installed: pyproject.toml constraints.txt
@@ -15,20 +15,23 @@ BIN := .venv/bin
 demo: .venv/installed ## calibrate, quantize and compare the demo model; writes demo_output/
 	$(BIN)/python examples/demo.py
 
-test: .venv/installed ## the whole suite
-	$(BIN)/python -m pytest -n auto
+test: .venv/installed ## the suite, but for what takes minutes
+	$(BIN)/python -m pytest -n auto -m "not slow"
+
+test-slow: .venv/installed ## what takes minutes: quality on trained weights, packages, examples as processes
+	$(BIN)/python -m pytest -n auto -m slow
 
 test-host: .venv/installed ## diffusers' own tests of quantizers on ours: fetched at one commit, from DIFFUSERS_TESTS if set
 	$(BIN)/python tests/host/run.py -n auto
 
-test-all: test test-host ## all there is: the suite, 10,000 fuzzed files, kernels compiled ahead in all their forms
+test-all: test test-slow test-host ## all there is: the suite, diffusers' own, 10,000 fuzzed files, kernels compiled ahead in all their forms
 	DQ_FUZZ_CASES=10000 $(BIN)/python -m pytest -n auto tests/faults/test_fuzzed_files.py
 	DIFFUSERS_DQ_THOROUGH=1 $(BIN)/python -m pytest -n auto tests/kernels/test_compile_ahead.py
 
 coverage: .venv/installed ## lines and branches of both packages that the tests reach; TESTS=path for some of them
 	$(BIN)/python -m pytest -n auto --cov --cov-report=term-missing:skip-covered $(TESTS)
 
-check: .venv/installed ## what a commit must pass: lint, types, import contracts, quick tests
+check: .venv/installed ## what a commit must pass: lint, types, import contracts, tests
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports

@@ -127,7 +127,7 @@ def check_seal(result: Mapping[str, Any], tensors: Checksum) -> None:
     if SEAL in result and result[SEAL] != _seal(result, tensors):
         raise ValueError(
             "config.json and the weights were not saved together, by the checksum in config.json: saving was"
-            " interrupted, or a file was exchanged, damaged or edited. Save the model again, or load the original files"
+            " interrupted, or a file was exchanged, damaged or edited. Save the model again, or load the original"
         )
 
 

@@ -210,7 +210,7 @@ def test_a_linear_that_runs_without_gradients_is_not_said_to_have_learned(dit_fo
 
 
 def test_what_a_norm_carries_makes_no_channel_smaller(statistics):
-    """In bf16 1 + (m scale + (m - 1)) loses what m is below one; to_out's chain is carried by weights, which do not."""
+    """In bf16 1 + (m scale + (m - 1)) loses what m is below one. The chain of to_out is carried by weights: exact."""
     _, plan = plan_of(statistics, method="htg", groups=2)
     for name, linear in plan.linears.items():
         if linear.chain.transforms and name.endswith(("to_q", "net.0.proj")):

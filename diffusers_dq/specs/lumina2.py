@@ -2,9 +2,10 @@
 """Lumina-Image 2.0 (Qin et al., 2025) as diffusers' Lumina2Transformer2DModel: norms that are scaled, never shifted.
 
 `norm1.linear` emits scale and gate of the attention, then of the feed-forward layer: it carries scales, while shifts
-are made online. The context refiner sees the text alone, has plain norms, and stays in full precision. Published models share each key and
-value head among three query heads: then a value feeds three channels of the attention's output, and cannot carry what
-is not alike in them. Text and image are one sequence before the first linear that sees both.
+are made online. The context refiner sees the text alone, has plain norms, and stays in full precision. Published
+models share each key and value head among three query heads: then a value feeds three channels of the attention's
+output, and cannot carry what is not alike in them. Text and image are one sequence before the first linear that sees
+both.
 """
 
 from typing import Any

@@ -3,8 +3,8 @@
 
 As in Lumina-Image 2.0, but for names and for attention, where each query head has a value head of its own. Context and
 SigLIP refiners have plain norms; they stay in full precision, as text does elsewhere: prompts are padded to a multiple
-of 32, and statistics of short ones know little but the padding. With reference images ("omni") the modulation linear runs twice, for noisy and for
-clean tokens; the change that it carries is the same for both.
+of 32, and statistics of short ones know little but the padding. With reference images ("omni") the modulation linear
+runs twice, for noisy and for clean tokens; the change that it carries is the same for both.
 """
 
 from torch import nn

@@ -116,10 +116,12 @@ def test_threads_of_a_model_with_changed_modulations(pixart):
 
 
 def test_threads_calibrate_and_quantize_at_once(dit_folder, run_dit):
-    """Calls bring a generator: DiTPipeline would draw on torch's global one otherwise, as do others without."""
+    """Calls bring a generator: DiTPipeline would draw on torch's global one otherwise, as do others without. Models
+    are loaded before: accelerate's init_empty_weights, in every from_pretrained, exchanges methods of nn.Module."""
+    original = DiTPipeline.from_pretrained(dit_folder)
 
     def make(seed):
-        pipe = DiTPipeline.from_pretrained(dit_folder)
+        pipe = copy.deepcopy(original)
         calls = [call | {"generator": torch.Generator().manual_seed(seed)} for call in CALLS]
         statistics = dq.calibrate(pipe, calls, num_inference_steps=STEPS, progress=False)
         dq.quantize(pipe, dq.DQConfig("htg", groups=3), statistics=statistics, progress=False)
