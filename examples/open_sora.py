@@ -27,7 +27,6 @@ CHECKPOINTS: dict[str, Any] = {
 CONFIG = dq.DQConfig("viditq", weight_bits=4, activation_bits=8)
 CALIBRATION = [
     "A drone circles a lighthouse above a stormy sea, white foam on the rocks.",
-    "A chef slices vegetables in a bright kitchen, close-up of the hands.",
     "Lanterns drift over a river at night, reflected in the water.",
 ]
 HELD_OUT = ["Clouds pass over a field of sunflowers, time lapse."]
@@ -77,8 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     run: dict[str, Any] = dict(num_inference_steps=3 if tiny else 100 if version == "1.0" else 30)
 
     pipe = placed(full_precision(version, tiny))
-    path = output / f"statistics-{version}.safetensors"  # an interrupted calibration goes on from here
-    statistics = dq.calibrate(pipe, calibration, **run, checkpoint=path)
+    statistics = dq.calibrate(pipe, calibration, **run, checkpoint=output / f"statistics-{version}.safetensors")
     pipe.remove_all_hooks()  # of offloading
     print(dq.quantize(pipe, CONFIG, statistics=statistics))
     pipe.save_pretrained(output / "pipeline")

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The examples for real models, on the tiny ones that they bring along."""
 
+import inspect
 import json
 import os
 import runpy
@@ -13,6 +14,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 import diffusers_dq as dq
+from diffusers_dq import hub
 from diffusers_dq.denoise import run_call
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -55,12 +57,13 @@ def test_it_is_short_and_imports_no_other_script(name):
 @each
 def test_it_writes_all_it_says_and_pushes_when_told(name, tmp_path, monkeypatch, capsys):
     pushed = []
-    monkeypatch.setattr(DiffusionPipeline, "push_to_hub", lambda pipe, repository: pushed.append((pipe, repository)))
+    monkeypatch.setattr(dq, "push_to_hub", lambda pipe, repository, **more: pushed.append((pipe, repository, more)))
     main = runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name=name)["main"]
     main(["--tiny", "--output", str(tmp_path / "out"), "--push", "me/tiny"])
     check_written(name, tmp_path / "out", capsys.readouterr().out)
-    [(pipe, repository)] = pushed
+    [(pipe, repository, more)] = pushed
     assert repository == "me/tiny" and pipe.transformer.is_quantized
+    inspect.signature(hub.push_to_hub).bind(pipe, repository, **more)
 
 
 @pytest.mark.slow
