@@ -17,7 +17,7 @@ from diffusers_dq.commands.options import Device, Json, Overwrite, Seed
 from diffusers_dq.denoise import quiet, run_call
 from diffusers_dq.evaluation.files import write_whole
 from diffusers_dq.evaluation.loading import load_pipeline
-from diffusers_dq.evaluation.metrics import Array, psnr, ssim
+from diffusers_dq.evaluation.metrics import Array, optional, psnr, ssim
 from diffusers_dq.evaluation.plots import activation_ranges, image_grid, quality_against_size, save_figure
 
 MODEL = Path(dq.__file__).parent / "demo_model"  # in a checkout a link to examples/dit-cifar10
@@ -60,6 +60,8 @@ def demo(
             f"the demo model is not in {folder}: give --model the folder examples/dit-cifar10 of a checkout"
         )
     check_folder(output, overwrite=overwrite)
+    for module in ("torchmetrics.functional.image", "matplotlib"):
+        optional(module)  # now, rather than after a run
     place = device_of(device)
     pipe = load_pipeline(str(folder), "float32", place)
     calls = [dict(class_labels=[i % _CLASSES for i in range(32)], guidance_scale=_GUIDANCE)]
