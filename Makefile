@@ -13,7 +13,7 @@ BIN := .venv/bin
 	touch $@
 
 demo: .venv/installed ## calibrate, quantize and compare the demo model; writes demo_output/
-	$(BIN)/python examples/demo.py
+	$(BIN)/diffusers-dq demo
 
 test: .venv/installed ## the suite, but for what takes minutes
 	$(BIN)/python -m pytest -n auto -m "not slow"
