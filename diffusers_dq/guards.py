@@ -152,7 +152,7 @@ def _add_adapter(model: nn.Module, plain: Callable[..., Any], method: str, *args
         for name, wrapper, layer in _adapted(model):
             if isinstance(layer, QuantizedLinear):
                 _check(name, wrapper, layer, method)
-    except Exception:
+    except BaseException:
         _remove_adapters(model, adapters, wrapped)
         raise
     return result
