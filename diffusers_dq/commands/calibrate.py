@@ -12,36 +12,26 @@ from diffusers import DiffusionPipeline
 import diffusers_dq as dq
 from diffusers_dq.commands.console import device_of, emit, note
 from diffusers_dq.commands.options import (
-    Argument,
-    Batch,
-    Calls,
-    ClassLabels,
     Component,
     Conditions,
     Device,
     Dtype,
-    Guidance,
     Json,
     Model,
-    Prompt,
-    Prompts,
     Seed,
     Steps,
+    calling,
 )
 from diffusers_dq.evaluation.loading import load_pipeline
 from diffusers_dq.statistics import Statistics, check_writable
 
 
+@calling
 def calibrate(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="the statistics, for quantize")],
-    prompt: Prompt = None,
-    prompts: Prompts = None,
-    class_labels: ClassLabels = "",
-    calls: Calls = None,
-    guidance: Guidance = None,
-    argument: Argument = None,
-    batch: Batch = 8,
+    *,
+    conditions: Conditions,
     steps: Steps = 50,
     seed: Seed = 0,
     second_moments: Annotated[
@@ -62,10 +52,6 @@ def calibrate(
     Call it as the model will be used: prompts or labels, guidance, size. After each call a checkpoint is written:
     after Ctrl-C the same command goes on behind the last whole one.
     """
-    conditions = Conditions(
-        prompt=prompt, prompts=prompts, class_labels=class_labels, calls=calls, guidance=guidance, argument=argument,
-        batch=batch,
-    )  # fmt: skip
     check_writable(output)
     pipe = load_pipeline(model, dtype, device_of(device))
     arguments = conditions.calls_of(pipe)

@@ -10,23 +10,17 @@ from diffusers import DiffusionPipeline
 import diffusers_dq as dq
 from diffusers_dq.commands.console import check_folder, device_of, emit
 from diffusers_dq.commands.options import (
-    Argument,
-    Batch,
-    Calls,
-    ClassLabels,
     Component,
     Conditions,
     Device,
     Dtype,
-    Guidance,
     Json,
     OutputFolder,
     Overwrite,
-    Prompt,
-    Prompts,
     Seed,
     StatisticsFile,
     Steps,
+    calling,
 )
 from diffusers_dq.denoise import denoiser
 from diffusers_dq.evaluation.comparison import Comparison
@@ -35,18 +29,14 @@ from diffusers_dq.evaluation.plots import quality_against_size, save_figure
 from diffusers_dq.statistics import Statistics
 
 
+@calling
 def compare(
     reference: Annotated[str, typer.Argument(metavar="REFERENCE", help="the model in full precision")],
     quantized: Annotated[list[str], typer.Argument(metavar="MODEL...", help="one quantized model, or several")],
     output: OutputFolder,
     statistics: StatisticsFile = None,
-    prompt: Prompt = None,
-    prompts: Prompts = None,
-    class_labels: ClassLabels = "",
-    calls: Calls = None,
-    guidance: Guidance = None,
-    argument: Argument = None,
-    batch: Batch = 8,
+    *,
+    conditions: Conditions,
     steps: Steps = 50,
     seed: Seed = 0,
     layers: Annotated[bool, typer.Option("--layers/--no-layers", help="also the error of each linear")] = True,
@@ -61,10 +51,6 @@ def compare(
     Writes comparison.json, grid.png with difference maps, layer_snr.png and, with --statistics, activation_ranges.png
     with the timestep groups of the model; for several models, a folder each and quality_size.png.
     """
-    conditions = Conditions(
-        prompt=prompt, prompts=prompts, class_labels=class_labels, calls=calls, guidance=guidance, argument=argument,
-        batch=batch,
-    )  # fmt: skip
     check_folder(output, overwrite=overwrite)
     observed = Statistics.load(statistics) if statistics is not None else None
     place = device_of(device)

@@ -12,38 +12,28 @@ from tqdm.auto import tqdm
 
 from diffusers_dq.commands.console import check_folder, device_of, emit
 from diffusers_dq.commands.options import (
-    Argument,
-    Batch,
-    Calls,
-    ClassLabels,
     Conditions,
     Device,
     Dtype,
-    Guidance,
     Json,
     Model,
     OutputFolder,
     Overwrite,
-    Prompt,
-    Prompts,
     Seed,
     Steps,
+    calling,
 )
 from diffusers_dq.denoise import check_calls, denoiser, quiet, run_call, watching_timestep
 from diffusers_dq.evaluation.files import write_whole
 from diffusers_dq.evaluation.loading import load_pipeline
 
 
+@calling
 def generate(
     model: Model,
     output: OutputFolder,
-    prompt: Prompt = None,
-    prompts: Prompts = None,
-    class_labels: ClassLabels = "",
-    calls: Calls = None,
-    guidance: Guidance = None,
-    argument: Argument = None,
-    batch: Batch = 8,
+    *,
+    conditions: Conditions,
     steps: Steps = 50,
     seed: Seed = 0,
     overwrite: Overwrite = False,
@@ -55,10 +45,6 @@ def generate(
 
     A file a picture, as seed-0-03.png, the fourth of the call with seed 0; of a video an animated .webp.
     """
-    conditions = Conditions(
-        prompt=prompt, prompts=prompts, class_labels=class_labels, calls=calls, guidance=guidance, argument=argument,
-        batch=batch,
-    )  # fmt: skip
     check_folder(output, overwrite=overwrite)
     pipe = load_pipeline(model, dtype, device_of(device))
     arguments = conditions.calls_of(pipe)

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Options that several commands have, under one name and with one meaning."""
 
+import functools
 import inspect
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,19 +21,12 @@ _MODEL = "folder of a pipeline, or its name on the Hub"
 _DEFAULT_LABELS = 16  # pictures that a class-conditional model makes when nothing is said
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL)]
-Prompt = Annotated[list[str] | None, typer.Option("--prompt", help="a prompt; may repeat")]
-Prompts = Annotated[Path | None, typer.Option("--prompts", metavar="FILE", help="text file, a prompt a line")]
-ClassLabels = Annotated[str, typer.Option("--class-labels", metavar="LABELS", help="as 207,360 or 0-9")]
-Calls = Annotated[
-    Path | None,
-    typer.Option("--calls", metavar="FILE", help="JSON: a list of objects, each the arguments of one pipeline call"),
-]
 Guidance = Annotated[float | None, typer.Option("--guidance", help="guidance scale; by default the pipeline's")]
+Prompts = Annotated[Path | None, typer.Option("--prompts", metavar="FILE", help="text file, a prompt a line")]
 Argument = Annotated[
     list[str] | None,
     typer.Option("--argument", metavar="KEY=VALUE", help="of the pipeline's call, as height=512; may repeat"),
 ]
-Batch = Annotated[int, typer.Option("--batch", min=1, help="class labels or prompts a call")]
 Steps = Annotated[int, typer.Option("--steps", min=1, help="denoising steps")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="of the first call; call i has seed + i")]
 Method = Annotated[str | None, typer.Option("--method", metavar="NAME", help=f"of {', '.join(methods())}")]
@@ -63,19 +57,24 @@ Json = Annotated[bool, typer.Option("--json", help="one JSON object on stdout, f
 
 @dataclass(frozen=True, kw_only=True)
 class Conditions:
-    """What a pipeline is to be called with, as the options say it.
+    """What a pipeline is to be called with: the options of a command that is `calling`.
 
     Raises typer.BadParameter, before a model is loaded, for more than one of prompts, class labels and calls, or for
     one that cannot be read.
     """
 
-    prompt: Sequence[str] | None = None
-    prompts: Path | None = None
-    class_labels: str = ""
-    calls: Path | None = None
-    guidance: float | None = None
-    argument: Sequence[str] | None = None
-    batch: int = 8
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", help="a prompt; may repeat")] = None
+    prompts: Prompts = None
+    class_labels: Annotated[str, typer.Option("--class-labels", metavar="LABELS", help="as 207,360 or 0-9")] = ""
+    calls: Annotated[
+        Path | None,
+        typer.Option(
+            "--calls", metavar="FILE", help="JSON: a list of objects, each the arguments of one pipeline call"
+        ),
+    ] = None
+    guidance: Guidance = None
+    argument: Argument = None
+    batch: Annotated[int, typer.Option("--batch", min=1, help="class labels or prompts a call")] = 8
 
     def __post_init__(self) -> None:
         given = {
@@ -145,6 +144,26 @@ class Conditions:
     def _further(self) -> dict[str, Any]:
         guidance = {} if self.guidance is None else {"guidance_scale": self.guidance}
         return guidance | key_values("--argument", self.argument)
+
+
+def calling(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with its parameter `conditions: Conditions` given as the options that are the fields of it."""
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        conditions = Conditions(**{field.name: given.pop(field.name) for field in fields(Conditions)})
+        command(conditions=conditions, **given)
+
+    options = [
+        inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
+        for field in fields(Conditions)
+    ]
+    parameters: list[inspect.Parameter] = []
+    for parameter in inspect.signature(command).parameters.values():
+        own = parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        parameters += options if parameter.annotation is Conditions else [own]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return run
 
 
 def config_of(

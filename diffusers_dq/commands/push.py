@@ -8,28 +8,23 @@ import typer
 import diffusers_dq as dq
 from diffusers_dq.commands.console import device_of, emit
 from diffusers_dq.commands.options import (
-    Argument,
-    Batch,
-    Calls,
-    ClassLabels,
     Component,
     Conditions,
     Device,
     Dtype,
-    Guidance,
     Json,
     Model,
-    Prompt,
-    Prompts,
     Seed,
     StatisticsFile,
     Steps,
+    calling,
 )
 from diffusers_dq.evaluation.loading import load_pipeline
 from diffusers_dq.hub import push_to_hub
 from diffusers_dq.statistics import Statistics
 
 
+@calling
 def push(
     model: Model,
     repo_id: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="repository on the Hub; made where it is not")],
@@ -44,13 +39,8 @@ def push(
         str | None, typer.Option("--base-model", metavar="OWNER/NAME", help="the original, where it is not known")
     ] = None,
     license: Annotated[str | None, typer.Option("--license", help="of the original, where it is not known")] = None,
-    prompt: Prompt = None,
-    prompts: Prompts = None,
-    class_labels: ClassLabels = "",
-    calls: Calls = None,
-    guidance: Guidance = None,
-    argument: Argument = None,
-    batch: Batch = 8,
+    *,
+    conditions: Conditions,
     steps: Steps = 50,
     seed: Seed = 0,
     component: Component = None,
@@ -63,10 +53,6 @@ def push(
     With --compare-with both models run on the same seeds first, and the card shows how far apart they are. The token
     is the one of `hf auth login`, or of HF_TOKEN.
     """
-    conditions = Conditions(
-        prompt=prompt, prompts=prompts, class_labels=class_labels, calls=calls, guidance=guidance, argument=argument,
-        batch=batch,
-    )  # fmt: skip
     if len(repo_id.split("/")) != 2 or not all(repo_id.split("/")):
         raise typer.BadParameter(f"OWNER/NAME is a repository's, as me/dit-w4a8; got {repo_id!r}")
     observed = Statistics.load(statistics) if statistics is not None else None

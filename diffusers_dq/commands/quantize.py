@@ -12,16 +12,11 @@ from diffusers_dq.commands.calibrate import resumable
 from diffusers_dq.commands.console import check_folder, device_of, emit
 from diffusers_dq.commands.options import (
     ActivationBits,
-    Argument,
-    Batch,
-    Calls,
-    ClassLabels,
     Component,
     Conditions,
     Config,
     Device,
     Dtype,
-    Guidance,
     Json,
     Method,
     Model,
@@ -29,17 +24,17 @@ from diffusers_dq.commands.options import (
     OutputFolder,
     Overwrite,
     Preset,
-    Prompt,
-    Prompts,
     Seed,
     StatisticsFile,
     Steps,
     WeightBits,
+    calling,
     config_of,
 )
 from diffusers_dq.evaluation.loading import load_pipeline
 
 
+@calling
 def quantize(
     model: Model,
     output: OutputFolder,
@@ -50,13 +45,8 @@ def quantize(
     option: Option = None,
     config: Config = None,
     statistics: StatisticsFile = None,
-    prompt: Prompt = None,
-    prompts: Prompts = None,
-    class_labels: ClassLabels = "",
-    calls: Calls = None,
-    guidance: Guidance = None,
-    argument: Argument = None,
-    batch: Batch = 8,
+    *,
+    conditions: Conditions,
     steps: Steps = 50,
     seed: Seed = 0,
     component: Component = None,
@@ -71,10 +61,6 @@ def quantize(
     beside --output; Ctrl-C leaves what the same command goes on from.
     """
     settings = config_of(method, preset, weight_bits, activation_bits, option, config)
-    conditions = Conditions(
-        prompt=prompt, prompts=prompts, class_labels=class_labels, calls=calls, guidance=guidance, argument=argument,
-        batch=batch,
-    )  # fmt: skip
     if Path(model).is_dir() and output.resolve() == Path(model).resolve():
         raise typer.BadParameter("--output is the model's own folder, which it would overwrite; give another")
     if statistics is not None and not statistics.is_file():
