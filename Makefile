@@ -28,8 +28,8 @@ test-all: test test-slow test-host ## all there is: the suite, diffusers' own, 1
 	DQ_FUZZ_CASES=10000 $(BIN)/python -m pytest -n auto tests/faults/test_fuzzed_files.py
 	DIFFUSERS_DQ_THOROUGH=1 $(BIN)/python -m pytest -n auto tests/kernels/test_compile_ahead.py
 
-coverage: .venv/installed ## lines and branches of both packages that the tests reach; TESTS=path for some of them
-	$(BIN)/python -m pytest -n auto --cov --cov-report=term-missing:skip-covered $(TESTS)
+coverage: .venv/installed ## lines and branches that the tests reach, 90 percent at least; TESTS=path for some of them
+	$(BIN)/python -m pytest -n auto --cov --cov-report=term-missing:skip-covered $(if $(TESTS),--cov-fail-under=0) $(TESTS)
 
 check: .venv/installed ## what a commit must pass: lint, types, import contracts, tests
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -132,11 +132,11 @@ def attach(
     attention.set_processor(QuantizedAttnProcessor(bits, softmax))
 
 
-def detach(attention: Any, processor: Any = None) -> None:
-    """Undo `attach`, or what there is of it.   processor: the one to go back to, diffusers' own if None."""
+def detach(attention: Any) -> None:
+    """Undo `attach`; the processor is diffusers' own again."""
     for name in OPERANDS:
         attention._buffers.pop(f"{name}_scale", None)
-    attention.set_processor(processor or AttnProcessor2_0())
+    attention.set_processor(AttnProcessor2_0())
 
 
 def owns(module: nn.Module, leaf: str) -> bool:

@@ -21,11 +21,12 @@ from tqdm.auto import tqdm
 from diffusers_dq.attention import sample_probabilities
 from diffusers_dq.checks import check_argument
 from diffusers_dq.denoise import Call, argument_names, check_calls, denoiser, quiet, run_call, watching_timestep
+from diffusers_dq.files import OfAnotherRun, check_writable
 from diffusers_dq.model_inputs import ModelInput, capture, places
 from diffusers_dq.observers import StepObserver
 from diffusers_dq.replay import blocks_of
 from diffusers_dq.specs import SPECS, AttentionSite, spec_of
-from diffusers_dq.statistics import SiteStatistics, Statistics, check_writable, fingerprint_of, not_finite
+from diffusers_dq.statistics import SiteStatistics, Statistics, fingerprint_of, not_finite
 
 logger = logging.getLogger(__name__)
 
@@ -362,10 +363,13 @@ class _Recorder:
         if not Path(checkpoint).exists():
             return 0
         saved = Statistics.load(checkpoint)
-        saved.check_model(self.model)
+        try:
+            saved.check_model(self.model)
+        except ValueError as error:
+            raise OfAnotherRun(f"the checkpoint {checkpoint} is of another run: {error}") from None
         for key, value in about.items():
             if key != "versions" and saved.about.get(key) != value:
-                raise ValueError(
+                raise OfAnotherRun(
                     f"the checkpoint {checkpoint} is of another run: its {key} is {saved.about.get(key)!r}, now it is"
                     f" {value!r}. Give the same arguments to resume, or another checkpoint path to start anew"
                 )

@@ -1,32 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """Model cards: what is known of a quantized model, collected, and rendered from card_template.md."""
 
-import inspect as python_inspect
 import math
-import platform
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from importlib import metadata as packages
-from importlib.resources import as_file, files
-from pathlib import Path
+from importlib.resources import files
 from typing import Any
 
 import diffusers
-import torch
+import jinja2
 import yaml
 from diffusers import DiffusionPipeline, ModelMixin
-from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 
 from diffusers_dq.config import DQConfig
 from diffusers_dq.denoise import DENOISERS, denoiser
 from diffusers_dq.evaluation import Comparison
+from diffusers_dq.hardware import name_of, version_of
 from diffusers_dq.linear import QuantizedLinear
 from diffusers_dq.quantizer import DQQuantizer
 from diffusers_dq.report import LinearReport, inspect, op_of
 from diffusers_dq.statistics import Statistics
+from diffusers_dq.usage import example, literal, loading, pipeline_code, pipeline_tag, saved_as, transformer_code
 
 TEMPLATE = "card_template.md"
 GRID = "comparison/grid.png"
@@ -34,16 +31,19 @@ _VERSIONS = ("diffusers-dq", "diffusers", "torch", "transformers", "triton")
 _RECORD = ("quant_method", "format_version", "result", "statistics", "runtime")  # of a config, that is no setting
 _OUR_TAG = re.compile(r"diffusers_dq|w\d+a\d+|method:\w+")
 _ONE_OF_EACH = ("license", "license_name", "license_link", "language", "pipeline_tag")  # that a derived model shares
-_PROMPT = "a lighthouse in a storm"
+_FRONT_MATTER = re.compile(r"\ufeff?\s*---[ \t]*\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)
+_REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_INTEGER_PRODUCTS = ("linear_w8a8", "linear_w4a8", "linear_grouped")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
     """All that a card says, JSON-able: `Card(**json.loads(...))` renders the same text anywhere.
 
-    title: heading.   repo_id, subfolder: where the model is loaded from.   metadata: of the YAML block.
-    pipeline: its class, "" for a transformer alone.   library: the module that has the class.
-    call: keyword arguments of the example.   returns: the output's field that holds pictures, "images" or "frames".
+    title: heading.   repo_id, revision, subfolder: where the model is loaded from; revision "" is the main branch.
+    metadata: of the YAML block.   pipeline: its class, "" for a transformer alone.
+    library: the module that has the class.   call, inputs: of the example (`usage.example`).
+    returns: how its output is saved (`usage.saved_as`).
     dtype: of what is not quantized.   parts: one dict a quantized transformer (`_part`).
     given: keys of the metadata that stand whatever an existing card says.
     calibration: of `_calibration`, by part.   comparison: of `_comparison`.   grid: path of a picture of it.
@@ -52,12 +52,14 @@ class Card:
 
     title: str
     repo_id: str
+    revision: str = ""
     subfolder: str = ""
     metadata: Mapping[str, Any]
     given: list[str] = field(default_factory=list)
     pipeline: str
     library: str
     call: Mapping[str, Any]
+    inputs: Mapping[str, str] = field(default_factory=dict)
     returns: str = "images"
     dtype: str
     parts: list[dict[str, Any]]
@@ -84,43 +86,91 @@ class Card:
         of this card, which is put at the end where there are none yet, and of the metadata every key that is there;
         of tags, ours are replaced.
 
-        Raises ValueError where the metadata of the existing one cannot be read.
+        Raises ValueError where the metadata of the existing one cannot be read, and where it is not clear what stands
+        between the markers.
         """
         try:
-            card = read_card("---\n{}\n---\n" if existing is None else existing)
+            theirs, text = read_card(existing or "")
         except ValueError as error:
             raise ValueError(
                 f"the README.md in {self.repo_id}: {error}. Correct it on the Hub, or remove it, and push again"
             ) from error
-        theirs = {key: value for key, value in card.data.to_dict().items() if key not in self.given}
+        theirs = {key: value for key, value in theirs.items() if key not in self.given}
         ours = self.metadata["tags"]
-        own = [tag for tag in theirs.get("tags", []) if tag not in ours and not _OUR_TAG.fullmatch(tag)]
-        merged = {**self.metadata, **theirs, "tags": [*own, *ours]}
-        with as_file(files("diffusers_dq") / TEMPLATE) as template:
-            variables = {**self._variables(), "metadata": merged}
-            fresh = ModelCard.from_template(ModelCardData(**merged), template_path=str(template), **variables)
-        if not card.text.strip():
-            return fresh.content
-        return f"---\n{fresh.data.to_yaml()}\n---\n{self._placed(card.text, fresh.text)}"
+        own = [tag for tag in _texts(theirs.get("tags")) if tag not in ours and not _OUR_TAG.fullmatch(tag)]
+        merged = {**self.metadata, **theirs, "tags": list(dict.fromkeys([*own, *ours]))}
+        section = self._section(merged)
+        try:
+            front = yaml.safe_dump(merged, sort_keys=False, allow_unicode=True)
+        except yaml.YAMLError as error:
+            raise ValueError(f"metadata must be texts, numbers, and lists and mappings of them ({error})") from error
+        return f"---\n{front}---\n" + (self._placed(text, section) if text.strip() else f"\n{section}\n")
 
-    def _placed(self, text: str, fresh: str) -> str:
-        section = fresh[fresh.index(self.begin) : fresh.index(self.end) + len(self.end)]
-        start, stop = text.find(self.begin), text.find(self.end)
-        if start < 0 or stop < start:
+    def _placed(self, text: str, section: str) -> str:
+        begins, ends = text.count(self.begin), text.count(self.end)
+        if not begins and not ends:
             return f"{text.rstrip()}\n\n{section}\n"
+        start, stop = text.find(self.begin), text.find(self.end)
+        if (begins, ends) != (1, 1) or stop < start:
+            raise ValueError(
+                f"the README.md in {self.repo_id}: the markers of what diffusers_dq writes are damaged, {self.begin!r}"
+                f" is there {begins} times and {self.end!r} {ends} times, expected each once, in this order. Restore"
+                " them, or remove both with what is between them, and push again; nothing was changed"
+            )
         return text[:start] + section + text[stop + len(self.end) :]
 
-    def _variables(self) -> dict[str, Any]:
-        arguments = ", ".join(f"{name}={value!r}" for name, value in self.call.items())
-        return {**self.to_dict(), "begin": self.begin, "end": self.end, "arguments": arguments, "text": _cell}
+    def _section(self, metadata: Mapping[str, Any]) -> str:
+        template = jinja2.Template(
+            (files("diffusers_dq") / TEMPLATE).read_text(encoding="utf-8"), undefined=jinja2.StrictUndefined
+        )
+        arguments = loading(self.repo_id, revision=self.revision, subfolder=self.subfolder, dtype=self.dtype)
+        if self.pipeline:
+            code = pipeline_code(self.library, self.pipeline, arguments, self.call, self.inputs, self.returns)
+        else:
+            code = transformer_code(self.library, str(self.parts[0]["class"]), arguments)
+        body = template.render(
+            **self.to_dict() | {"metadata": metadata},
+            usage=code,
+            integers=integers_of(self.parts),
+            originals=[_link(name) for name in _texts(metadata.get("base_model"))],
+            licence=", ".join(map(_cell, _texts(metadata.get("license_name") or metadata.get("license")))),
+            licence_link=_cell(metadata.get("license_link") or ""),
+            text=_cell,
+            code=_code,
+            code_cell=_code_cell,
+        )
+        return f"{self.begin}\n\n{body.strip()}\n{self.end}"
 
 
-def read_card(text: str) -> ModelCard:
-    """Raises ValueError where its metadata cannot be read."""
+def read_card(text: str) -> tuple[dict[str, Any], str]:
+    """(metadata, the text below it) of a README.md.   Raises ValueError where the metadata cannot be read."""
+    found = _FRONT_MATTER.match(text)
+    if found is None:
+        return {}, text
     try:
-        return ModelCard(text, ignore_metadata_errors=True)
-    except (yaml.YAMLError, ValueError, TypeError) as error:
+        metadata = yaml.safe_load(found[1])
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"its metadata cannot be read ({error})") from error
+    if metadata is not None and not isinstance(metadata, dict):
+        raise ValueError(f"its metadata cannot be read (a mapping is expected, it is a {type(metadata).__name__})")
+    return metadata or {}, text[found.end() :]
+
+
+def integers_of(parts: list[dict[str, Any]]) -> str:
+    """What of the arithmetic is done in integers, a sentence or two."""
+    linears = sum(part["linears"] for part in parts)
+    stored = sum(part["quantized"] for part in parts)
+    counts: Counter[str] = Counter()
+    for layer in (layer for part in parts for layer in part["layers"]):
+        counts[layer["op"]] += layer["count"]
+    products = sum(counts[op] for op in _INTEGER_PRODUCTS)
+    kept = f"The weights of {stored} of its {linears} linears are kept as integers"
+    if products in (0, stored):
+        how = f"all of them multiply in {'integers' if products else 'floating point'}"
+    else:
+        how = f"{products} of them multiply in integers, the others in floating point"
+    attention = f". {counts['attention_int8']} attentions multiply in int8" if counts["attention_int8"] else ""
+    return f"{kept}; {how}{attention}."
 
 
 def make_card(
@@ -133,12 +183,13 @@ def make_card(
     metadata: Mapping[str, Any] | None = None,
     base: Mapping[str, Any] | None = None,
     file_bytes: Mapping[str, int] | None = None,
+    revision: str = "",
     subfolder: str = "",
 ) -> Card:
     """Of a quantized pipeline or transformer; nothing is written and no network used.
 
     statistics: by part ("transformer", "transformer_2"), what it was calibrated on.   call: keyword arguments of the
-        example, literals; None: a prompt, or the first class.
+        example (`usage.example`); None: a prompt, or the first class.   revision: that the example loads.
     base: metadata of the original's card, of which licence, language and kind of pipeline are taken over; with
         "base_model" its id on the Hub.   metadata: what is to stand in the card whatever else is known.
     file_bytes: of each part's weights as saved.
@@ -149,7 +200,7 @@ def make_card(
     parts = check_publishable(pipe_or_transformer)
     pipe = pipe_or_transformer if isinstance(pipe_or_transformer, DiffusionPipeline) else None
     shown = type(pipe) if pipe is not None else type(next(iter(parts.values())))
-    tag = pipeline_tag(pipe) if pipe is not None else None
+    literals, inputs = ({}, {}) if pipe is None else example(shown, call)
     described = [_part(name, model, (file_bytes or {}).get(name)) for name, model in parts.items()]
     for name, of_part in (statistics or {}).items():
         known = type(parts[name]).__name__ if name in parts else None
@@ -161,20 +212,22 @@ def make_card(
     return Card(
         title=repo_id.rpartition("/")[2],
         repo_id=repo_id,
+        revision=revision,
         subfolder=subfolder,
-        metadata=_metadata(described, tag, base or {}, metadata or {}),
+        metadata=_metadata(described, None if pipe is None else pipeline_tag(shown), base or {}, metadata or {}),
         given=[key for key in metadata or {} if key != "tags"],
         pipeline="" if pipe is None else type(pipe).__name__,
         library=_library(shown),
-        call=_call(pipe, call),
-        returns="frames" if (tag or "").endswith("-video") else "images",
+        call=literals,
+        inputs=inputs,
+        returns="" if pipe is None else saved_as(shown),
         dtype=str(model.dtype).removeprefix("torch."),
         parts=described,
         calibration={name: _calibration(of_part) for name, of_part in (statistics or {}).items()},
         comparison=None if comparison is None else _comparison(comparison),
         grid="" if comparison is None else f"{subfolder}/{GRID}".lstrip("/"),
-        hardware=_hardware(model.device),
-        versions=_versions(),
+        hardware=name_of(model.device),
+        versions={name: found for name in _VERSIONS if (found := version_of(name)) is not None},
     )
 
 
@@ -227,25 +280,13 @@ def _adapted(part: Any) -> str:
     return next((name for name, _ in part.named_modules() if name.endswith(".base_layer")), "")
 
 
-def pipeline_tag(pipe: DiffusionPipeline) -> str:
-    """The Hub's name for what a pipeline does, by its class: what it takes, and whether it makes frames."""
-    takes = python_inspect.signature(type(pipe).__call__).parameters
-    name = type(pipe).__name__
-    kind = "video" if {"num_frames", "video_length"} & takes.keys() else "image"
-    if re.search(r"VideoToVideo|Video2Video", name):
-        return "video-to-video"
-    if re.search(r"ImageToVideo|Image2Video", name):
-        return "image-to-video"
-    if re.search(r"Img2Img|ImageToImage|Inpaint|Edit|Kontext|Fill|Upscale", name):
-        return "image-to-image"
-    return f"text-to-{kind}" if "prompt" in takes else f"unconditional-{kind}-generation"
-
-
 def _metadata(
     parts: list[dict[str, Any]], tag: str | None, base: Mapping[str, Any], given: Mapping[str, Any]
 ) -> dict[str, Any]:
     taken = {key: base[key] for key in _ONE_OF_EACH if base.get(key) is not None}
     base_model = given.get("base_model", base.get("base_model"))
+    if isinstance(base_model, list | tuple) and len(base_model) == 1:
+        base_model = base_model[0]
     methods = [f"method:{part['method']}" for part in parts]
     tags = ["diffusers_dq", "quantized", *methods, *(bits.lower() for part in parts for bits in part["bits"][:1])]
     known = {
@@ -255,8 +296,7 @@ def _metadata(
         "base_model_relation": None if base_model is None else "quantized",
         "pipeline_tag": tag or taken.get("pipeline_tag"),
     }
-    extra = given.get("tags", [])
-    merged = {**known, **given, "tags": list(dict.fromkeys([*tags, *extra]))}
+    merged = {**known, **given, "tags": list(dict.fromkeys([*tags, *_texts(given.get("tags"))]))}
     return {key: value for key, value in merged.items() if value is not None}
 
 
@@ -337,7 +377,7 @@ def recipe_source(config: DQConfig) -> str:
     defaults = DQConfig(config.method, result={}).to_dict()
     always = ("weight_bits", "activation_bits")
     changed = {k: v for k, v in given.items() if k != "method" and (k in always or v != defaults.get(k))}
-    arguments = ", ".join(f"{key}={value!r}" for key, value in changed.items())
+    arguments = ", ".join(f"{key}={literal(value)}" for key, value in changed.items())
     return f"dq.DQConfig({config.method!r}, {arguments})"
 
 
@@ -388,45 +428,26 @@ def _library(shown: type) -> str:
     return "diffusers_dq.opensora" if shown.__module__.startswith("diffusers_dq.opensora") else shown.__module__
 
 
-def _call(pipe: DiffusionPipeline | None, call: Mapping[str, Any] | None) -> dict[str, Any]:
-    if pipe is None:
-        return {}
-    takes = python_inspect.signature(type(pipe).__call__).parameters
-    if call is None:
-        call = {"prompt": _PROMPT} if "prompt" in takes else {"class_labels": [0]} if "class_labels" in takes else {}
-    for name, value in call.items():
-        if name not in takes:
-            raise ValueError(f"call sets {name}, which {type(pipe).__name__} does not take")
-        if not _is_literal(value):
-            raise ValueError(f"call[{name!r}] is written into the card as Python; expected literals, got {value!r}")
-    return dict(call)
+def _texts(value: Any) -> list[str]:
+    """Of metadata that may be one, a list, numbers, or not there."""
+    if value is None:
+        return []
+    return [str(part) for part in value] if isinstance(value, list | tuple) else [str(value)]
 
 
-def _is_literal(value: Any) -> bool:
-    if isinstance(value, list | tuple):
-        return all(map(_is_literal, value))
-    return value is None or isinstance(value, bool | int | float | str)
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _VERSIONS:
-        try:
-            found[name] = packages.version(name)
-        except packages.PackageNotFoundError:
-            continue
-    return found
-
-
-def _hardware(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    about = Path("/proc/cpuinfo")
-    lines = about.read_text(encoding="utf-8").splitlines() if about.exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
+def _link(repo_id: str) -> str:
+    return f"[{repo_id}](https://huggingface.co/{repo_id})" if _REPOSITORY.fullmatch(repo_id) else _cell(repo_id)
 
 
 def _cell(text: Any) -> str:
-    """For a cell of a Markdown table."""
-    return str(text).replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+    """For a line of Markdown or a cell of its tables: no markup of HTML, no new line or cell."""
+    return " ".join(str(text).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|").split())
+
+
+def _code(text: Any) -> str:
+    """A code span: nothing ends it, and no comment begins in it."""
+    return "`" + " ".join(str(text).replace("`", "'").replace("<!--", "<! --").split()) + "`"
+
+
+def _code_cell(text: Any) -> str:
+    return _code(text).replace("|", "\\|")

@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Arguments checked against their annotations, once, where they come in."""
 
+import sys
 from dataclasses import fields
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
 def check_argument(name: str, value: Any, hint: Any) -> None:
-    """Raises ValueError for a value that is none of a Literal's, TypeError for one of another type than the hint.
+    """Raises ValueError for a value that is none of a Literal's and for a float that is not finite, which compares
+    with nothing or bounds nothing; TypeError for one of another type than the hint.
 
-    hint: a class, None, Literal, or a union of them. A bool is no int here, and an int is a float.
+    hint: a class, None, Literal, or a union of them. A bool is no int here, and an int is a float if one holds it.
     """
     if _fits(value, hint):
+        if float in _alternatives(hint) and isinstance(value, int | float) and not abs(value) <= sys.float_info.max:
+            raise ValueError(f"{name} must be a finite number; got {_shown(value)}")
         return
     error = ValueError if _has_choices(hint) else TypeError
     raise error(f"{name} must be {_describe(hint)}; got {value!r}")
@@ -42,6 +46,11 @@ def _fits(value: Any, hint: Any) -> bool:
     if isinstance(value, bool):
         return hint is bool
     return isinstance(value, (int, float) if hint is float else hint)
+
+
+def _shown(value: float) -> str:
+    """Python itself refuses to write out integers of more than 4300 digits."""
+    return f"an integer of {value.bit_length()} bits" if isinstance(value, int) else repr(value)
 
 
 def _describe(hint: Any) -> str:

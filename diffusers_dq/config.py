@@ -15,6 +15,7 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
 from diffusers_dq.affine import RangeSearch
 from diffusers_dq.checks import check_argument
+from diffusers_dq.files import read_json, write_whole
 from diffusers_dq.linear import NOT_ROUNDED, Bits
 from diffusers_dq.methods import Method
 from diffusers_dq.methods.base import make_method
@@ -241,13 +242,18 @@ class DQConfig(QuantizationConfigMixin):
         config = cls(**{**config_dict, **kwargs})
         return (config, {}) if return_unused_kwargs else config
 
+    def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
+        """What `from_json_file` reads, all or nothing. Raises OSError where it cannot be written."""
+        text = json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+        write_whole(Path(json_file_path), lambda file: file.write(text.encode()))
+
     @classmethod
     def from_json_file(cls, path: str | os.PathLike[str]) -> "DQConfig":
         """What `to_json_file` wrote. Raises FileNotFoundError, ValueError for a file that is no configuration."""
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is no JSON file ({error}); expected one from DQConfig.to_json_file") from error
+            content = read_json(path)
+        except ValueError as error:
+            raise ValueError(f"{error}; expected a file from DQConfig.to_json_file") from error
         if not isinstance(content, dict) or "method" not in content:
             raise ValueError(f"{path} holds no quantization config: expected an object with a method")
         return cls(**content)

@@ -2,52 +2,80 @@
 """Files that are whole or not there, and that notice what has happened to them since they were written."""
 
 import json
+import math
 import os
 import shutil
+import tempfile
 import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+try:
+    import fcntl
+except ImportError:  # Windows: what killed writers left stays
+    fcntl = None  # type: ignore[assignment]
+
 SEAL = "checksum"  # in the result of config.json's quantization_config
 _KEY = "diffusers_dq"  # of what is ours in a safetensors file's metadata
 _CHECKSUM = "diffusers_dq_checksum"
+_UNFINISHED, _LOCK = ".unfinished", "lock"  # a folder of `replacing`, and what is in it
+
+
+class OfAnotherRun(ValueError):
+    """A checkpoint that other settings or another model wrote: there is nothing to go on from."""
 
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
     """A path to write to; the file becomes `target` once it is whole and on disk, and else leaves target as it was.
 
-    It lies in a folder of its own beside target, `<name>.unfinished`, which a process that is killed leaves behind and
-    the next one that writes removes: safetensors (0.8) writes to a name that nobody would know to remove.
+    It lies in a hidden folder of this writer's own beside target, so that several may write at once and the last one
+    stays; what killed writers left is removed. Where target is a link, the file that it leads to is replaced.
     Raises OSError, naming target, where it cannot be written, as on a full disk.
     """
-    folder = target.with_name(f"{target.name}.unfinished")
+    place = Path(os.path.realpath(target))
     try:
-        _remove(folder)
-        folder.mkdir()
-        unfinished = folder / target.name
-        yield unfinished
-        _to_disk(unfinished)
-        os.replace(unfinished, target)
-        _to_disk(target.absolute().parent)
+        with _workplace(place) as folder:
+            unfinished = folder / place.name
+            yield unfinished
+            _to_disk(unfinished)
+            os.replace(unfinished, place)
     except (SafetensorError, OSError) as error:
         raise OSError(f"cannot write {target}: {error}. What was there before is there still") from error
+    with suppress(OSError):  # the file is there; some file systems cannot promise its name
+        _to_disk(place.parent)
+
+
+@contextmanager
+def _workplace(target: Path) -> Iterator[Path]:
+    """A folder, since safetensors (0.8) writes to a name beside the one it is given. Its lock tells that the writer
+    lives: the system lets go of it however a process ends."""
+    start = f".{target.name[:50]}."
+    _remove_abandoned(target.parent, start)
+    folder = Path(tempfile.mkdtemp(_UNFINISHED, start, target.parent))
+    try:
+        with (folder / "new").open("w") as lock:
+            if fcntl is not None:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            (folder / "new").rename(folder / _LOCK)  # none sees it before it is held
+            yield folder
     finally:
-        _remove(folder)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+def _remove_abandoned(parent: Path, start: str) -> None:
+    for folder in parent.iterdir() if fcntl is not None else ():
+        if folder.name.startswith(start) and folder.name.endswith(_UNFINISHED):
+            with suppress(OSError), (folder / _LOCK).open() as lock:  # an error: held, or no folder of `_workplace`
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _to_disk(path: Path) -> None:
@@ -59,6 +87,51 @@ def _to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def check_writable(path: str | os.PathLike[str]) -> Path:
+    """The path. Raises OSError, before hours of work, where no file can be written there."""
+    target = Path(path)
+    parent = target.absolute().parent
+    if target.is_dir():
+        raise IsADirectoryError(f"{target} is a folder; give the path of a file")
+    if not parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {parent} to write {target.name} to; make it first")
+    if not os.access(parent, os.W_OK):
+        raise PermissionError(f"the folder {parent} cannot be written to; choose another")
+    return target
+
+
+def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """`write(file)`, all or nothing. Makes the folder.   Raises OSError as `replacing` does."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as unfinished, unfinished.open("wb") as file:
+        write(file)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Strict JSON, as `strict` makes it, all or nothing."""
+    text = json.dumps(strict(content), indent=1, allow_nan=False) + "\n"
+    write_whole(path, lambda file: file.write(text.encode()))
+
+
+def strict(content: Any) -> Any:
+    """What strict JSON can hold: numbers that are not finite become "inf", "-inf" or "nan", which `float` reads."""
+    if isinstance(content, Mapping):
+        return {str(key): strict(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [strict(value) for value in content]
+    if isinstance(content, Path) or (isinstance(content, float) and not math.isfinite(content)):
+        return str(content)
+    return content
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Raises OSError, and ValueError, with the path, for a file that is not JSON: damaged, or nested beyond reason."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error})") from None
 
 
 class Checksum:

@@ -2,6 +2,7 @@
 """`dq.push_to_hub`: a quantized model with a card that says what it is, in one commit."""
 
 import fnmatch
+import json
 import logging
 import os
 import re
@@ -11,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
-from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub import CommitInfo, HfApi, constants
 from huggingface_hub.errors import GatedRepoError, RemoteEntryNotFoundError
 
 from diffusers_dq.cards import GRID, check_publishable, make_card, read_card
-from diffusers_dq.denoise import denoiser
+from diffusers_dq.denoise import DENOISERS, denoiser
 from diffusers_dq.evaluation import Comparison
 from diffusers_dq.repository import explained, fetch, open_repository, send, split_repository
 from diffusers_dq.statistics import FILENAME, Statistics
@@ -43,6 +44,7 @@ def push_to_hub(
     commit_message: str | None = None,
     token: str | bool | None = None,
     create_pr: bool = False,
+    upload_statistics: bool = True,
 ) -> CommitInfo:
     """Upload a quantized pipeline, or a transformer alone, with a model card; `from_pretrained(repo_id)` loads it.
 
@@ -51,37 +53,38 @@ def push_to_hub(
 
     comparison: of `dq.compare`; its figures go into the card, its files into `comparison/`.
     statistics: of `dq.calibrate`; described in the card and uploaded as `statistics.safetensors`, which others use
-        with `DQConfig(statistics=repo_id)`. The file names the calls' arguments, prompts among them. Of a pipeline
-        with two denoisers {"transformer": ..., "transformer_2": ...}, as `statistics-<name>.safetensors`.
-    call: keyword arguments of the card's example; by default a prompt, or the first class.
+        with `DQConfig(statistics=repo_id)`. Of a pipeline with two denoisers {"transformer": ..., "transformer_2":
+        ...}, as `statistics-<name>.safetensors`.
+    upload_statistics: False describes them only. The file holds the calls' arguments, prompts among them, and inputs
+        of the model that were made from them: anyone who may read the repository can read the prompts.
+    call: keyword arguments of the card's example, of pictures and videos their paths or URLs; by default a prompt, or
+        the first class.
     base_model, license: of the original, where its id is not what it was loaded from, or its card says no licence;
         what is neither given nor found is left out of the card and logged.
     metadata: more for the card's YAML block (license_name, license_link, language, tags, pipeline_tag).
-    private: a repository that is made now; None is the owner's default.   revision: a branch, made if it is not there.
+    private: a repository that is made now; None is the owner's default.   revision: a branch, made if it is not there;
+        the card's example loads it. Of a pull request ("refs/pr/1", create_pr=True) it loads the branch it is for.
     subfolder: of a transformer alone; diffusers finds pipelines at the top only.
     token: else HF_TOKEN or that of `hf auth login`.   create_pr: propose it instead, as a pull request.
 
     A README.md that is there keeps its text: see `Card.render`. The card is always at the top, where the Hub shows it.
+    Where on this disk the model and its statistics came from is taken out of the configurations that are uploaded.
 
     Raises, before any network, ValueError for what cannot be published (`check_publishable`, `make_card`); where a
     private repository is asked for and a public one is there; and as `repository.explained` says.
     """
-    parts = check_publishable(pipe_or_transformer)
     is_pipeline = isinstance(pipe_or_transformer, DiffusionPipeline)
-    if is_pipeline and subfolder is not None:
-        raise ValueError(
-            f"subfolder={subfolder!r} is for a transformer alone: diffusers loads pipelines from the top of a"
-            " repository; give another revision or another repository"
-        )
-    subfolder = (subfolder or "").strip("/")
-    of_parts = _by_part(statistics, list(parts))
-    given = {"base_model": base_model, "license": license}
-    given = {key: value for key, value in given.items() if value is not None} | dict(metadata or {})
-    about: dict[str, Any] = dict(
-        comparison=comparison, statistics=of_parts, call=call, metadata=given, subfolder=subfolder
+    of_parts, about = _checked(
+        pipe_or_transformer,
+        repo_id,
+        comparison=comparison,
+        statistics=statistics,
+        call=call,
+        metadata={"base_model": base_model, "license": license} | dict(metadata or {}),
+        revision=revision,
+        subfolder=subfolder,
     )
-    make_card(pipe_or_transformer, repo_id, **about)  # what is wrong with it is said before anything is uploaded
-
+    parts, subfolder = check_publishable(pipe_or_transformer), about["subfolder"]
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -90,8 +93,10 @@ def push_to_hub(
         saved.save_pretrained(model)
         if comparison is not None:
             comparison.save((model / GRID).parent)
-        for name, of_part in of_parts.items():
-            of_part.save(model / (FILENAME if len(of_parts) == 1 else f"statistics-{name}.safetensors"))
+        for name, of_part in of_parts.items() if upload_statistics else ():
+            of_part.save(model / (FILENAME if len(parts) == 1 else f"statistics-{name}.safetensors"))
+            _tell_of_prompts(of_part, repo_id)
+        _forget_paths(folder)
         places = {name: model / name if is_pipeline else model for name in parts}
         sizes = {name: sum(file.stat().st_size for file in p.glob("*.safetensors")) for name, p in places.items()}
         if not is_pipeline:
@@ -123,6 +128,118 @@ def push_to_hub(
         )
 
 
+def check_push(
+    pipe_or_transformer: Any,
+    repo_id: str,
+    *,
+    statistics: Statistics | Mapping[str, Statistics] | None = None,
+    call: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: str | bool | None = None,
+) -> str:
+    """The user that `push_to_hub` would upload as: raises now, before hours of comparing, what it would raise later.
+
+    Nothing is made on the Hub. A token that may write there may still not write to this repository.
+    Raises as `push_to_hub` does; PermissionError for a token that may only read.
+    """
+    _checked(
+        pipe_or_transformer,
+        repo_id,
+        comparison=None,
+        statistics=statistics,
+        call=call,
+        metadata=dict(metadata or {}),
+        revision=revision,
+        subfolder=subfolder,
+    )
+    with explained("upload", repo_id):
+        about = HfApi(token=token).whoami()
+    role = about.get("auth", {}).get("accessToken", {}).get("role")
+    if role == "read":
+        raise PermissionError(
+            f"cannot upload {repo_id}: the token given may only read. Make one with write access at"
+            f" {constants.ENDPOINT}/settings/tokens"
+        )
+    return str(about["name"])
+
+
+def _checked(
+    pipe_or_transformer: Any,
+    repo_id: str,
+    *,
+    statistics: Any,
+    metadata: dict[str, Any],
+    revision: str | None,
+    subfolder: str | None,
+    **more: Any,
+) -> tuple[dict[str, Statistics], dict[str, Any]]:
+    """(statistics by part, arguments of `make_card`), which were tried: no network."""
+    parts = check_publishable(pipe_or_transformer)
+    if isinstance(pipe_or_transformer, DiffusionPipeline) and subfolder is not None:
+        raise ValueError(
+            f"subfolder={subfolder!r} is for a transformer alone: diffusers loads pipelines from the top of a"
+            " repository; give another revision or another repository"
+        )
+    of_parts = _by_part(statistics, list(parts))
+    about: dict[str, Any] = {
+        "statistics": of_parts,
+        "metadata": {key: value for key, value in metadata.items() if value is not None},
+        "revision": "" if revision in (None, "main") or str(revision).startswith("refs/pr/") else str(revision),
+        "subfolder": (subfolder or "").strip("/"),
+        **more,
+    }
+    make_card(pipe_or_transformer, repo_id, **about).render()
+    return of_parts, about
+
+
+def _forget_paths(folder: Path) -> None:
+    """Out of the configurations that were saved there: where on this disk something came from. What came from the Hub
+    is named by its repository."""
+    for file in folder.rglob("*.json"):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(content, dict) and _forget(content):
+            file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _forget(content: dict[str, Any]) -> bool:
+    """Whether something was changed."""
+    changed = False
+    for key in ("_name_or_path", "name_or_path"):
+        if isinstance(content.get(key), str):
+            known = _named(content[key])
+            changed |= known != content[key]
+            content[key] = known
+            if not known:
+                del content[key]
+    config = content.get("quantization_config")
+    if isinstance(config, dict) and config.get("statistics") and not _named(str(config["statistics"])):
+        config["statistics"], changed = None, True
+    return changed
+
+
+def _named(source: str) -> str:
+    """The repository on the Hub that a model was loaded from, "" for a place on this disk."""
+    in_cache = _SNAPSHOT.search(Path(source).as_posix() + "/")
+    if in_cache:
+        return f"{in_cache[1]}/{in_cache[2]}"
+    return source if split_repository(source) is not None and not Path(source).exists() else ""
+
+
+def _tell_of_prompts(statistics: Statistics, repo_id: str) -> None:
+    calls = statistics.about.get("arguments", ())
+    named = sorted({key for call in calls for key in call if key.endswith("prompt")})
+    if named:
+        logger.warning(
+            "the statistics that go to %s hold %s of %d calibrated calls, which all who may read the repository can"
+            " read; upload_statistics=False only describes them",
+            repo_id,
+            " and ".join(named),
+            len(calls),
+        )
+
+
 def _matches(path: str, glob: str) -> bool:
     """In the same folder."""
     return path.count("/") == glob.count("/") and fnmatch.fnmatchcase(path, glob)
@@ -146,7 +263,8 @@ def original(
     """Metadata of the card of the model that this one was made of, with "base_model" where its id on the Hub is known.
 
     base_model: its id; None looks where the model was loaded from: a folder's own card, or a repository that the Hub
-        confirms. A quantized model's card leads to its original. What cannot be found is not there.
+        confirms. A quantized model's card leads to its original, and of a folder without one the name that diffusers
+        noted when what was quantized was loaded. What cannot be found is not there.
     """
     source = base_model or _source(pipe_or_transformer)
     if not source:
@@ -156,7 +274,9 @@ def original(
         top = folder.parent if (folder.parent / "model_index.json").is_file() else folder
         found = _metadata_in(top / README) if (top / README).is_file() else {}
         known = found.get("base_model") if found.get("base_model_relation") == "quantized" else None
-        return {key: value for key, value in found.items() if key != "base_model"} | _id(known)
+        source = _quantized_from(top, folder)
+        if found or not source:
+            return {key: value for key, value in found.items() if key != "base_model"} | _id(known)
     repository = split_repository(source)
     if repository is None:
         return _id(base_model)
@@ -172,6 +292,23 @@ def original(
     if found.get("license_link") and "://" not in str(found["license_link"]):  # beside its card, not beside ours
         found["license_link"] = f"https://huggingface.co/{repository[0]}/blob/main/{found['license_link']}"
     return found | _id(repository[0])
+
+
+def _quantized_from(top: Path, folder: Path) -> str:
+    """The repository on the Hub that was quantized and saved to a folder; "" for one that is not of ours, or of a
+    model of this disk."""
+    configs = [folder / "config.json", *(top / name / "config.json" for name in DENOISERS)]
+    ours = any(QUANT_METHOD == _config_in(file).get("quantization_config", {}).get("quant_method") for file in configs)
+    names = (_config_in(file).get("_name_or_path") for file in (top / "model_index.json", *configs))
+    return next((_named(name) for name in names if isinstance(name, str) and _named(name)), "") if ours else ""
+
+
+def _config_in(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _id(base_model: str | None) -> dict[str, Any]:
@@ -190,10 +327,10 @@ def _source(pipe_or_transformer: Any) -> str | None:
 
 def _metadata_in(card: Path) -> dict[str, Any]:
     try:
-        return dict(read_card(card.read_text(encoding="utf-8-sig")).data.to_dict())
+        return read_card(card.read_text(encoding="utf-8-sig"))[0]
     except ValueError as error:
         logger.warning("no licence was taken from %s: %s", card, error)
         return {}
 
 
-__all__ = ["original", "push_to_hub"]
+__all__ = ["check_push", "original", "push_to_hub"]

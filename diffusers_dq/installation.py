@@ -17,6 +17,7 @@ from diffusers_dq.files import SEAL
 from diffusers_dq.linear import ACTIVATION_BITS, LinearLayout, QuantizedLinear
 from diffusers_dq.modulation import Modulation, ModulationLayout
 from diffusers_dq.noise_correction import CorrectOutput, NoiseCorrection
+from diffusers_dq.snapshot import Snapshot
 from diffusers_dq.step_policy import StepBits
 from diffusers_dq.timesteps import TimestepGroups
 
@@ -188,8 +189,7 @@ def install(
     select = None
     if boundaries.numel() or description.step_bits is not None:
         select = SelectGroup(TimestepArgument.of(model), description.descending, description.step_bits)
-    replaced = {name: model.get_submodule(name) for name in (*layers, *description.tied)}
-    processors = {name: model.get_submodule(name).processor for name in description.attention}
+    before = Snapshot(model)
     try:
         for name, layer in layers.items():
             model.set_submodule(name, layer)
@@ -215,12 +215,7 @@ def install(
             model.register_forward_hook(CorrectOutput(TimestepArgument.of(model)), with_kwargs=True)
         fusion.fuse(model)
     except BaseException:
-        _remove_selection(model)
-        fusion.unfuse(model)
-        for name, processor in processors.items():
-            attention.detach(model.get_submodule(name), processor)
-        for name, module in replaced.items():
-            model.set_submodule(name, module)
+        before.restore()
         raise
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 
 from diffusers_dq.calibration import calibrate
 from diffusers_dq.config import DQConfig
@@ -14,6 +14,7 @@ from diffusers_dq.conversion import convert
 from diffusers_dq.denoise import Call, denoiser
 from diffusers_dq.quantizer import DQQuantizer
 from diffusers_dq.report import QuantizationReport, inspect
+from diffusers_dq.snapshot import Snapshot
 from diffusers_dq.statistics import Statistics
 
 
@@ -40,8 +41,9 @@ def quantize(
     checkpoint: of rounding="adaround", written after each unit: the same call again resumes there.
     component: "transformer" or "transformer_2" of a pipeline that has both (Wan 2.2), of which one is quantized.
 
-    It finishes or leaves the model as it was. Raises ValueError where the method needs statistics and has none, or
-    they are of another model; where the model is quantized already; where a skip string or override matches no linear.
+    It finishes or leaves the model as it was, also after Ctrl-C. Raises ValueError where the method needs statistics
+    and has none, or they are of another model; where the model is quantized already; where a skip string or override
+    matches no linear.
     """
     model = denoiser(pipe_or_transformer, component)
     if isinstance(config, str | os.PathLike):
@@ -68,10 +70,27 @@ def quantize(
         statistics = prepared.statistics
     if isinstance(statistics, (str, os.PathLike)):
         statistics = Statistics.load(statistics)
-    with torch.no_grad():
-        done = convert(model, config, statistics, dtype=model.dtype, progress=progress, checkpoint=checkpoint)
-    (prepared or DQQuantizer(done)).adopt(model, done)
+    _convert(model, config, statistics, prepared, progress, checkpoint)
     return inspect(model)
+
+
+def _convert(
+    model: ModelMixin,
+    config: DQConfig,
+    statistics: Statistics | None,
+    prepared: DQQuantizer | None,
+    progress: bool,
+    checkpoint: str | os.PathLike[str] | None,
+) -> None:
+    """All of it or, whatever is raised on whichever line, nothing."""
+    before = Snapshot(model, *([prepared] if prepared else ()))
+    try:
+        with torch.no_grad():
+            done = convert(model, config, statistics, dtype=model.dtype, progress=progress, checkpoint=checkpoint)
+        (prepared or DQQuantizer(done)).adopt(model, done)
+    except BaseException:
+        before.restore()
+        raise
 
 
 def _calibrate_first(

@@ -21,13 +21,12 @@ from tqdm.auto import tqdm
 from diffusers_dq.adaround import SoftLinear, annealed, cosine
 from diffusers_dq.affine import QuantizedWeight
 from diffusers_dq.building import folded, low_rank_of
-from diffusers_dq.files import read_tensors, write_tensors
+from diffusers_dq.files import check_writable, read_tensors, write_tensors
 from diffusers_dq.linear import QuantizedLinear
 from diffusers_dq.model_inputs import moved
 from diffusers_dq.planning import LinearPlan, Plan
 from diffusers_dq.recipe import Reconstruction
 from diffusers_dq.replay import Replay, run_up_to, swapped, tensors_in, units_of
-from diffusers_dq.statistics import check_writable
 from diffusers_dq.timesteps import group_of
 
 Build = Callable[[str, nn.Linear, LinearPlan], QuantizedLinear]

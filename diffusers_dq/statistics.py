@@ -16,7 +16,7 @@ import torch
 from huggingface_hub import CommitInfo, HfApi
 from torch import Tensor, nn
 
-from diffusers_dq.files import read_tensors, write_tensors
+from diffusers_dq.files import check_writable, read_tensors, write_tensors
 from diffusers_dq.model_inputs import ModelInput, pack, unpack
 from diffusers_dq.repository import fetch, open_repository, send, split_repository
 
@@ -444,20 +444,6 @@ def _located(
         return fetch(repo_id, filename, revision=revision or named, token=token)
     except (FileNotFoundError, PermissionError, ConnectionError) as error:
         raise type(error)(f"no statistics: there is no file {here} on this disk, and {error}") from error.__cause__
-
-
-def check_writable(path: str | os.PathLike[str]) -> Path:
-    """The path. Raises OSError, before hours of work, where no file can be written there."""
-    target = Path(path)
-    if target.is_dir():
-        raise IsADirectoryError(f"{target} is a folder; give the path of a file")
-    if not target.absolute().parent.is_dir():
-        raise FileNotFoundError(
-            f"there is no folder {target.absolute().parent} to write {target.name} to; make it first"
-        )
-    if not os.access(target.absolute().parent, os.W_OK):
-        raise PermissionError(f"the folder {target.absolute().parent} cannot be written to; choose another")
-    return target
 
 
 def fingerprint_of(model: nn.Module) -> Tensor:

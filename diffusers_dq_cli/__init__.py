@@ -31,8 +31,8 @@ COMMANDS = {
         "Run models on the same seeds: how far apart, where, and pictures of it.",
     ),
     "inspect": (f"{_PACKAGE}.inspect:inspect", "What each linear of a model is: bits, bytes, kernel, and why."),
-    "evaluate": ("diffusers_dq.evaluation.commands:evaluate", "Sample thousands of pictures and measure them: FID."),
-    "benchmark": ("diffusers_dq.benchmark.commands:app", "Speed and size against full precision and the peers."),
+    "evaluate": (f"{_PACKAGE}.evaluate:evaluate", "Sample thousands of pictures and measure them: FID."),
+    "benchmark": (f"{_PACKAGE}.benchmark:app", "Speed and size against full precision and the peers."),
     "push": (f"{_PACKAGE}.push:push", "Upload a quantized pipeline with its model card to the Hub."),
     "doctor": (f"{_PACKAGE}.doctor:doctor", "Which kernels run on this machine and why, and what to install."),
 }
@@ -71,11 +71,20 @@ def load(name: str, traceback: bool = False) -> Any:
     found = getattr(importlib.import_module(module), attribute)
     parent = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     if isinstance(found, typer.Typer):
-        parent.add_typer(found, name=name)
+        group = typer.Typer(no_args_is_help=True, help=summary)
+        for command in found.registered_commands:
+            _add(group, command.name, command.callback, traceback)
+        parent.add_typer(group, name=name)
     else:
-        parent.command(name)(found if traceback else told(found))
+        _add(parent, name, found, traceback)
     parent.callback()(_nothing)  # or a Typer of one command would be that command
     return typer.main.get_group(parent).commands[name]
+
+
+def _add(group: typer.Typer, name: str | None, function: Any, traceback: bool) -> None:
+    paragraphs = (inspect.getdoc(function) or "").split("\n\n")
+    text = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)  # the terminal breaks the lines
+    group.command(name, help=text)(function if traceback else told(function))
 
 
 def _nothing() -> None: ...

@@ -2,17 +2,16 @@
 """Full precision and quantized side by side, in a browser: python examples/space_app.py
 
 Both make the same pictures from the same seed, and the page says how far apart they are and how long each took. By
-default the demo model of this repository, quantized when the page starts; `--reference MODEL --quantized MODEL` takes
-two saved class-conditional or text-to-image pipelines, folders or names on the Hub. Also the app.py of a Space.
+default the package's demo model, quantized when the page starts; `--reference MODEL --quantized MODEL` takes two saved
+class-conditional or text-to-image pipelines, folders or names on the Hub. Also the app.py of a Space: examples/space.
 
-Needs gradio: pip install gradio
+Needs gradio: pip install 'diffusers-dq[space]'
 """
 
 import argparse
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,11 +19,11 @@ import torch
 from diffusers import DiffusionPipeline
 
 import diffusers_dq as dq
+from diffusers_dq.commands.demo import MODEL
 from diffusers_dq.denoise import quiet, run_call
 from diffusers_dq.evaluation import psnr, ssim
 from diffusers_dq.opensora.loading import pipeline_class
 
-MODEL = Path(__file__).parent / "dit-cifar10"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MOST_PICTURES = 8
 
@@ -84,9 +83,10 @@ def side_by_side(pair: Pair, what: str, *, seed: int, steps: int, pictures: int 
     """
     if pair.labels and what not in pair.labels:
         raise ValueError(f"{what!r} is no class of this model; it has {', '.join(pair.labels)}")
-    if steps < 1 or not 1 <= pictures <= MOST_PICTURES or seed < 0:
+    if steps < 1 or not 1 <= pictures <= MOST_PICTURES or not 0 <= seed < 2**63:
         raise ValueError(
-            f"expected a seed from 0, steps from 1 and 1 to {MOST_PICTURES} pictures, got {seed}, {steps}, {pictures}"
+            f"expected a seed from 0 to 2^63 - 1, steps from 1 and 1 to {MOST_PICTURES} pictures,"
+            f" got {seed}, {steps}, {pictures}"
         )
     given: dict[str, Any] = {"class_labels": [pair.labels.index(what)] * pictures}
     if not pair.labels:
@@ -118,7 +118,7 @@ def gradio() -> Any:
     try:
         import gradio
     except ImportError as error:
-        raise SystemExit("this page needs gradio, which is not here: pip install gradio") from error
+        raise SystemExit("this page needs gradio, which is not here: pip install 'diffusers-dq[space]'") from error
     return gradio
 
 
@@ -126,8 +126,10 @@ def build(pair: Pair) -> Any:
     """The page, a gradio Blocks."""
     gr = gradio()
 
-    def show(what: str, seed: float, steps: float, pictures: float, guidance: float) -> tuple[Any, ...]:
+    def show(what: str, seed: float | None, steps: float, pictures: float, guidance: float) -> tuple[Any, ...]:
         try:
+            if seed is None:
+                raise ValueError("the seed is empty: expected a whole number from 0")
             shown = side_by_side(
                 pair, what, seed=int(seed), steps=int(steps), pictures=int(pictures), guidance=guidance
             )
@@ -135,7 +137,7 @@ def build(pair: Pair) -> Any:
             raise gr.Error(str(error)) from error
         return shown.reference, shown.quantized, shown.difference, shown.summary
 
-    with gr.Blocks(title="diffusers_dq") as page:
+    with gr.Blocks(title="diffusers_dq", analytics_enabled=False) as page:
         gr.Markdown(f"# Full precision and quantized\n{pair.title}: the same seed in both.")
         with gr.Row():
             if pair.labels:
@@ -150,7 +152,7 @@ def build(pair: Pair) -> Any:
         summary = gr.Markdown()
         with gr.Row():
             galleries = [
-                gr.Gallery(label=label, columns=2, object_fit="contain", height=420)
+                gr.Gallery(label=label, format="png", columns=2, object_fit="contain", height=420)  # exact: no loss
                 for label in ("full precision", "quantized", "difference")
             ]
         inputs, outputs = [what, seed, steps, pictures, guidance], [*galleries, summary]

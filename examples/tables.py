@@ -30,10 +30,10 @@ import diffusers_dq as dq
 from diffusers_dq.evaluation import Extractor, Judges, PictureSet, Sampling, inject_outliers, measure, sample
 from diffusers_dq.evaluation.features import INCEPTION
 from diffusers_dq.evaluation.figures import check_reference
-from diffusers_dq.evaluation.files import write_json, write_whole
 from diffusers_dq.evaluation.loading import class_labels, load_pipeline, read_prompts
 from diffusers_dq.evaluation.provenance import provenance
 from diffusers_dq.evaluation.sampling import fingerprint
+from diffusers_dq.files import write_json, write_whole
 
 MODEL = Path(__file__).parent / "dit-cifar10"
 CALIBRATION_SEED = 1_000_000  # far from the seeds of the pictures that are measured

@@ -34,6 +34,7 @@ RECIPES = {
     "htg-w8a8": dict(method="htg", weight_bits=8, activation_bits=8),
     "htg-w4a8": dict(method="htg", weight_bits=4, activation_bits=8),
     "quality-w8a8": dict(preset="quality", weight_bits=8, activation_bits=8),
+    "quality-w4a8": dict(preset="quality", weight_bits=4, activation_bits=8),
 }
 
 

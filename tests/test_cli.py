@@ -87,7 +87,7 @@ def test_a_mistake_is_a_message_and_nothing_is_measured(arguments, message):
 
 @pytest.mark.parametrize("command", [["all", "--dry-run"], ["gemm", "8x8x8"], ["step", "flux"], ["pipeline"]])
 def test_a_place_that_cannot_be_written_is_found_before_anything_is_measured(tmp_path, monkeypatch, command):
-    monkeypatch.setattr("diffusers_dq.benchmark.commands.Session.run", lambda *args: pytest.fail("it measures"))
+    monkeypatch.setattr("diffusers_dq.commands.benchmark.Session.run", lambda *args: pytest.fail("it measures"))
     (tmp_path / "file").write_text("something")
     output = tmp_path / "file" / "r.json"
     text = run("benchmark", *command, "--device", "cpu", "--output", output, exit_code=1)
@@ -109,7 +109,7 @@ def test_a_file_that_is_none_of_ours_is_not_resumed(tmp_path, content):
 @pytest.mark.parametrize("given", [("--threads", 0), ("--threads", -2), ("--max-seconds", -1)])
 @pytest.mark.parametrize("command", ["all", "gemm", "step", "pipeline"])
 def test_numbers_that_cannot_be_are_a_usage_error(command, given, monkeypatch):
-    monkeypatch.setattr("diffusers_dq.benchmark.commands.Run.measure", lambda *args: pytest.fail("it measures"))
+    monkeypatch.setattr("diffusers_dq.commands.benchmark.Run.measure", lambda *args: pytest.fail("it measures"))
     text = " ".join(run("benchmark", command, *given, exit_code=2).split())
     assert f"Invalid value for '{given[0]}'" in text and "Usage:" in text
 
@@ -229,7 +229,7 @@ def test_options_of_one_meaning_have_one_name_and_one_help():
         (["generate", "{tmp}/none", "--output", "{tmp}/o"], 1, "error: there is no folder"),
         (["calibrate", "{tmp}", "--output", "{tmp}/s"], 1, "holds no model_index.json"),
         (["calibrate", "{tmp}", "--output", "{tmp}/no/s"], 1, "there is no folder {tmp}/no to write s to"),
-        (["generate", "{tmp}", "--output", "{tmp}/o", "--device", "tpu9"], 1, "--device must be a device of torch"),
+        (["generate", "{tmp}", "--output", "{tmp}/o", "--device", "tpu9"], 2, "--device must be a device of torch"),
         (["push", "{tmp}", "noslash"], 2, "OWNER/NAME is a repository's"),
     ],
 )  # fmt: skip

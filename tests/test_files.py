@@ -1,11 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checksums notice every change, and files are replaced whole; what kills and full disks do is in tests/faults."""
 
+import math
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from diffusers_dq.files import Checksum, check_seal, read_tensors, replacing, sealed, write_tensors
+from diffusers_dq.files import (
+    Checksum,
+    check_seal,
+    read_json,
+    read_tensors,
+    replacing,
+    sealed,
+    write_json,
+    write_tensors,
+    write_whole,
+)
 
 TENSORS = {
     "a": torch.arange(6, dtype=torch.float32).view(2, 3),
@@ -54,17 +70,88 @@ def test_one_bit_of_a_value_is_noticed_unless_there_is_no_checksum(tmp_path):
     assert read_tensors(path)[0] == {}
 
 
-@pytest.mark.parametrize("left", ["file", "folder"])
-def test_what_an_earlier_process_left_is_cleared_away(tmp_path, left):
-    unfinished = tmp_path / "f.unfinished"
-    if left == "file":
-        unfinished.write_text("half")
-    else:
-        unfinished.mkdir()
-        (unfinished / ".tmpAbc").write_text("half")
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from diffusers_dq.files import replacing
+with replacing(Path(sys.argv[1])) as path:
+    path.with_name(".tmpAbc").write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_process_left_is_cleared_away(tmp_path):
+    ended = subprocess.run([sys.executable, "-c", KILLED, tmp_path / "f"], check=False)
+    assert ended.returncode == -signal.SIGKILL and len(list(tmp_path.iterdir())) == 1
+    with replacing(tmp_path / "other") as path:
+        path.write_text("whole")
+    assert len(list(tmp_path.iterdir())) == 2, "of another file"
     with replacing(tmp_path / "f") as path:
         path.write_text("whole")
-    assert [path.name for path in tmp_path.iterdir()] == ["f"] and (tmp_path / "f").read_text() == "whole"
+    assert {path.name for path in tmp_path.iterdir()} == {"f", "other"} and (tmp_path / "f").read_text() == "whole"
+
+
+def test_a_folder_of_somebody_else_stays(tmp_path):
+    for name in ("f.unfinished", ".f.mine.unfinished"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis").write_text("mine")
+    with replacing(tmp_path / "f") as path:
+        path.write_text("whole")
+    assert all((tmp_path / name / "thesis").exists() for name in ("f.unfinished", ".f.mine.unfinished"))
+
+
+def test_of_two_writers_at_once_each_writes_the_whole(tmp_path):
+    with replacing(tmp_path / "f") as first:
+        first.write_text("first")
+        with replacing(tmp_path / "f") as second:
+            second.write_text("sec")
+            assert first != second and first.exists()
+        assert (tmp_path / "f").read_text() == "sec"
+    assert (tmp_path / "f").read_text() == "first" and [path.name for path in tmp_path.iterdir()] == ["f"]
+
+
+def test_many_threads_may_write_one_file(tmp_path):
+    def write(text):
+        write_whole(tmp_path / "f", lambda file: file.write(text.encode() * 1000))
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, [f"{i:03d}" for i in range(200)]))
+    text = (tmp_path / "f").read_text()
+    assert text == text[:3] * 1000 and [path.name for path in tmp_path.iterdir()] == ["f"]
+
+
+def test_a_link_stays_one(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "file").write_text("before")
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "file")
+    write_whole(tmp_path / "link", lambda file: file.write(b"after"))
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / "file").read_text() == "after"
+
+
+def test_a_folder_takes_the_place_of_an_empty_one(tmp_path):
+    (tmp_path / "f").mkdir()
+    with pytest.raises(KeyboardInterrupt), replacing(tmp_path / "f") as folder:
+        folder.mkdir()
+        (folder / "half").touch()
+        raise KeyboardInterrupt
+    assert not list((tmp_path / "f").iterdir())
+    with replacing(tmp_path / "f") as folder:
+        folder.mkdir()
+        (folder / "whole").touch()
+    assert [path.name for path in (tmp_path / "f").iterdir()] == ["whole"] and len(list(tmp_path.iterdir())) == 1
+
+
+def test_strict_json_holds_what_is_not_finite(tmp_path):
+    content = {"a": [math.inf, -math.inf, math.nan, 1.5, None], 2: tmp_path}
+    write_json(tmp_path / "new" / "f.json", content)
+    assert read_json(tmp_path / "new" / "f.json") == {"a": ["inf", "-inf", "nan", 1.5, None], "2": str(tmp_path)}
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"\xff", b"[" * 100_000, b"1" * 10_000, b'{"a": 1}}'])
+def test_what_is_no_json_is_said_so(tmp_path, text):
+    (tmp_path / "f").write_bytes(text)
+    with pytest.raises(ValueError, match=f"^{tmp_path}/f is not JSON"):
+        read_json(tmp_path / "f")
 
 
 def test_an_exception_while_writing_leaves_what_was_there(tmp_path):

@@ -3,6 +3,7 @@
 
 import json
 import os
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusers_dq.benchmark.checking import check
+from diffusers_dq.files import read_json, write_whole
 
 FORMAT_VERSION = 1
 Row = dict[str, Any]
@@ -51,24 +53,21 @@ class Results:
         """All or nothing: a reader, or a crash, never meets half a file."""
         if self.path is None:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        content = {"format_version": FORMAT_VERSION, "about": self.about, "bars": self.bars, "groups": self.groups}
-        half = _half_of(self.path)
-        try:
-            half.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-            half.replace(self.path)
-        finally:
-            half.unlink(missing_ok=True)
+        text = json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
+        write_whole(self.path, lambda file: file.write(text.encode()))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"format_version": FORMAT_VERSION, "about": self.about, "bars": self.bars, "groups": self.groups}
 
     @classmethod
     def load(cls, path: Path) -> "Results":
         """Raises ValueError for a file that is not a results file of this format."""
         try:
-            content = json.loads(path.read_text())
+            content = read_json(path)
         except OSError as error:
             raise ValueError(f"{path} cannot be read ({error.strerror}); measure again without --resume") from None
         except ValueError as error:
-            raise ValueError(f"{path} is not JSON ({error}); measure again without --resume") from None
+            raise ValueError(f"{error}; measure again without --resume") from None
         version = content.get("format_version") if isinstance(content, dict) else None
         if version != FORMAT_VERSION:
             raise ValueError(
@@ -109,20 +108,14 @@ def check_place(path: Path) -> None:
         missing += [folder for folder in path.parents if not folder.exists()]
         if missing:
             path.parent.mkdir(parents=True)
-        half = _half_of(path)
-        half.touch()
-        half.unlink()
+        with tempfile.TemporaryFile(dir=path.parent), suppress(FileNotFoundError):
+            path.lstat()  # an error for a name that is too long
     except OSError as error:
         raise ValueError(
             f"{path} cannot be written ({error.strerror}); give --output a file in a directory that you may write to"
         ) from None
     finally:
         _remove_empty(missing)
-
-
-def _half_of(path: Path) -> Path:
-    """Where a file is written before it takes the place of `path`."""
-    return path.with_name(f"{path.name}.{os.getpid()}.tmp")
 
 
 def _remove_empty(folders: Sequence[Path]) -> None:

@@ -23,7 +23,8 @@ from diffusers_dq.commands.options import (
     calling,
 )
 from diffusers_dq.evaluation.loading import load_pipeline
-from diffusers_dq.statistics import Statistics, check_writable
+from diffusers_dq.files import OfAnotherRun, check_writable
+from diffusers_dq.statistics import Statistics
 
 
 @calling
@@ -56,7 +57,7 @@ def calibrate(
     pipe = load_pipeline(model, dtype, device_of(device))
     arguments = conditions.calls_of(pipe)
     checkpoint = checkpoint or output.with_name(f"{output.name}.checkpoint")
-    settings = dict(second_moments=second_moments, samples=samples, component=component)
+    settings: dict[str, Any] = dict(second_moments=second_moments, samples=samples, component=component)
     statistics = resumable(pipe, arguments, checkpoint, num_inference_steps=steps, seed=seed, **settings)
     statistics.save(output)
     checkpoint.unlink(missing_ok=True)
@@ -77,12 +78,23 @@ def calibrate(
     emit(content, text, as_json=json)
 
 
-def resumable(pipe: DiffusionPipeline, calls: list[dict[str, Any]], checkpoint: Path, **settings: Any) -> Statistics:
-    """`dq.calibrate` with a checkpoint; Ctrl-C says what is kept and how to go on."""
+def resumable(
+    pipe: DiffusionPipeline, calls: list[dict[str, Any]], checkpoint: Path, *, overwrite: bool = False, **settings: Any
+) -> Statistics:
+    """`dq.calibrate` with a checkpoint; Ctrl-C says what is kept and how to go on.
+
+    overwrite: a checkpoint of another run is replaced. Raises ValueError for one without it.
+    """
     if checkpoint.exists():
         note(f"going on from {checkpoint}; delete it to start anew")
     try:
         return dq.calibrate(pipe, calls, checkpoint=checkpoint, **settings)
+    except OfAnotherRun as error:
+        if not overwrite:
+            raise ValueError(f"{error}, or delete {checkpoint}") from None
+        note(f"{error}: starting anew")
+        checkpoint.unlink()
+        return resumable(pipe, calls, checkpoint, **settings)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_how_to_go_on(checkpoint, len(calls))) from None
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`diffusers-dq compare ...`"""
 
+from math import isnan
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,7 +9,7 @@ import typer
 from diffusers import DiffusionPipeline
 
 import diffusers_dq as dq
-from diffusers_dq.commands.console import check_folder, device_of, emit
+from diffusers_dq.commands.console import check_folder, device_of, emit, note
 from diffusers_dq.commands.options import (
     Component,
     Conditions,
@@ -24,7 +25,7 @@ from diffusers_dq.commands.options import (
 )
 from diffusers_dq.denoise import denoiser
 from diffusers_dq.evaluation.comparison import Comparison
-from diffusers_dq.evaluation.loading import load_pipeline
+from diffusers_dq.evaluation.loading import check_pipeline, load_pipeline
 from diffusers_dq.evaluation.plots import quality_against_size, save_figure
 from diffusers_dq.statistics import Statistics
 
@@ -51,13 +52,15 @@ def compare(
     Writes comparison.json, grid.png with difference maps, layer_snr.png and, with --statistics, activation_ranges.png
     with the timestep groups of the model; for several models, a folder each and quality_size.png.
     """
+    names = _names(quantized)
     check_folder(output, overwrite=overwrite)
+    for model in (reference, *quantized):
+        check_pipeline(model)
     observed = Statistics.load(statistics) if statistics is not None else None
     place = device_of(device)
     pipe = load_pipeline(reference, dtype, place)
     full_bytes = weight_bytes(reference, pipe, component)
     arguments = conditions.calls_of(pipe)
-    names = _names(quantized)
     if observed is not None:
         observed.check_model(denoiser(pipe, component))
     models: list[dict[str, Any]] = []
@@ -72,9 +75,12 @@ def compare(
         models.append({"model": model, "name": name, **_figures(found), "bytes": weight_bytes(model, twin, component)})
         del twin
     if len(models) > 1:
-        points = {row["name"]: (row["bytes"], row["psnr_db"]) for row in models}
-        files.append(output / "quality_size.png")
-        save_figure(quality_against_size(points, reference_bytes=full_bytes), files[-1])
+        points = {row["name"]: (row["bytes"], row["psnr_db"]) for row in models if not isnan(row["psnr_db"])}
+        for name in sorted({row["name"] for row in models} - points.keys()):
+            note(f"{name} is not in quality_size.png: its pictures are not finite, the model has diverged")
+        if points:
+            files.append(output / "quality_size.png")
+            save_figure(quality_against_size(points, reference_bytes=full_bytes), files[-1])
     content = {
         "reference": reference,
         "reference_bytes": full_bytes,

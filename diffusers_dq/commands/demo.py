@@ -3,6 +3,7 @@
 
 import tempfile
 import time
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,10 +16,10 @@ import diffusers_dq as dq
 from diffusers_dq.commands.console import check_folder, device_of, emit
 from diffusers_dq.commands.options import Device, Json, Overwrite, Seed
 from diffusers_dq.denoise import quiet, run_call
-from diffusers_dq.evaluation.files import write_whole
 from diffusers_dq.evaluation.loading import load_pipeline
 from diffusers_dq.evaluation.metrics import Array, optional, psnr, ssim
 from diffusers_dq.evaluation.plots import activation_ranges, image_grid, quality_against_size, save_figure
+from diffusers_dq.files import write_whole
 
 MODEL = Path(dq.__file__).parent / "demo_model"  # in a checkout a link to examples/dit-cifar10
 RECIPES: dict[str, dict[str, Any]] = {
@@ -63,14 +64,14 @@ def demo(
     for module in ("torchmetrics.functional.image", "matplotlib"):
         optional(module)  # now, rather than after a run
     place = device_of(device)
-    pipe = load_pipeline(str(folder), "float32", place)
+    whole = load_pipeline(str(folder), "float32", place)
     calls = [dict(class_labels=[i % _CLASSES for i in range(32)], guidance_scale=_GUIDANCE)]
-    statistics = dq.calibrate(pipe, calls, num_inference_steps=steps, seed=0)
+    statistics = dq.calibrate(whole, calls, num_inference_steps=steps, seed=0)
     names = [f"{name} W{w}A{a}" for w, a in BITS for name in RECIPES]
     results: dict[str, _Result] = {}
     grouped = None
     for name in tqdm(["full precision", *names], desc="models", unit="model"):
-        pipe = load_pipeline(str(folder), "float32", place)
+        pipe = deepcopy(whole)
         if name in names:
             recipe, bits = name.split()
             weight, activation = (int(part) for part in bits[1:].split("A"))

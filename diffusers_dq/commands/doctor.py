@@ -3,7 +3,6 @@
 
 import functools
 import os
-import platform
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -19,8 +18,11 @@ from packaging.requirements import Requirement
 import diffusers_dq_kernels as ops
 from diffusers_dq.commands.console import emit
 from diffusers_dq.commands.options import Json
+from diffusers_dq.hardware import cpu_field, name_of, version_of, versions
 
 OPS = tuple(name for name in ops.__all__ if hasattr(getattr(ops, name), "op"))  # those of torch.library
+# What an extra's absence means, where its name does not say it.
+_WITHOUT = {"text": "pipelines with a text encoder cannot be loaded, class-conditional ones can"}
 _LITTLE = 5 * 2**30  # bytes: less than many a published transformer
 
 
@@ -40,10 +42,10 @@ def doctor(json: Json = False) -> None:
     """
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     backends = {device: {op: ops.backend(op, device) for op in OPS} for device in devices}
-    versions, wrong = _packages()
+    installed, wrong = _packages()
     findings = [*wrong, *_hardware(), *_arithmetic(devices), *_disk()]
     content = {
-        "versions": versions,
+        "versions": installed,
         "devices": _devices(),
         "backends": {
             device: {op: {"backend": name, "reason": reason} for op, (name, reason) in found.items()}
@@ -60,7 +62,7 @@ def doctor(json: Json = False) -> None:
 
 def _packages() -> tuple[dict[str, str | None], list[Finding]]:
     """Versions of all that the package names; what is wrong of needed ones is broken, of optional ones advice."""
-    versions: dict[str, str | None] = {"python": platform.python_version()}
+    found = versions(["diffusers-dq"])
     missing: dict[str, list[str]] = {}
     findings = []
     for text in metadata.requires("diffusers-dq") or ():
@@ -68,7 +70,7 @@ def _packages() -> tuple[dict[str, str | None], list[Finding]]:
         extra = _extra_of(requirement)
         if extra == "dev" or (requirement.marker and not requirement.marker.evaluate({"extra": extra})):
             continue
-        version = versions[requirement.name] = _version(requirement.name)
+        version = found[requirement.name] = version_of(requirement.name)
         if version is None and extra:
             missing.setdefault(extra, []).append(requirement.name)
         elif version is None:
@@ -82,13 +84,9 @@ def _packages() -> tuple[dict[str, str | None], list[Finding]]:
             level = "advice" if extra else "broken"
             findings.append(Finding(level, what, f"pip install '{requirement.name}{requirement.specifier}'"))
     for extra, names in missing.items():
-        what = f"without {', '.join(names)}: extra {extra!r}"
+        what = f"without {', '.join(names)}: {_WITHOUT.get(extra, f'extra {extra!r}')}"
         findings.append(Finding("advice", what, f"pip install 'diffusers-dq[{extra}]'"))
-    versions |= {name: _version(name) for name in ("transformers", "huggingface-hub", "diffusers-dq")}
-    if versions["transformers"] is None:
-        what = "no transformers: pipelines with a text encoder cannot be loaded, class-conditional ones can"
-        findings.append(Finding("advice", what, "pip install transformers"))
-    return dict(sorted(versions.items())), findings
+    return dict(sorted(found.items())), findings
 
 
 def _extra_of(requirement: Requirement) -> str:
@@ -97,17 +95,10 @@ def _extra_of(requirement: Requirement) -> str:
     return marker.partition('extra == "')[2].partition('"')[0]
 
 
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def _devices() -> dict[str, Any]:
     found: dict[str, Any] = {
         "cpu": {
-            "name": _cpu_name(),
+            "name": name_of("cpu"),
             "threads": torch.get_num_threads(),
             "instructions": torch.backends.cpu.get_cpu_capability(),
             "onednn": torch.backends.mkldnn.is_available(),
@@ -121,22 +112,10 @@ def _devices() -> dict[str, Any]:
     return found
 
 
-def _cpu_name() -> str:
-    return _cpu_field("model name") or platform.processor() or platform.machine()
-
-
 def _vnni() -> bool | None:
     """Whether the CPU multiplies int8 exactly in one instruction; None where the system does not say."""
-    flags = _cpu_field("flags") or _cpu_field("Features")
+    flags = cpu_field("flags") or cpu_field("Features")
     return None if flags is None else bool({"avx512_vnni", "avx_vnni", "asimddp"} & set(flags.split()))
-
-
-def _cpu_field(name: str) -> str | None:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == name), None)
 
 
 def _hardware() -> list[Finding]:

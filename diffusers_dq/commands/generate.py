@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import typer
 from PIL import Image
 from tqdm.auto import tqdm
 
-from diffusers_dq.commands.console import check_folder, device_of, emit
+from diffusers_dq.commands.console import check_folder, device_of, emit, note
 from diffusers_dq.commands.options import (
     Conditions,
     Device,
@@ -24,8 +25,8 @@ from diffusers_dq.commands.options import (
     calling,
 )
 from diffusers_dq.denoise import check_calls, denoiser, quiet, run_call, watching_timestep
-from diffusers_dq.evaluation.files import write_whole
 from diffusers_dq.evaluation.loading import load_pipeline
+from diffusers_dq.files import write_whole
 
 
 @calling
@@ -50,6 +51,7 @@ def generate(
     arguments = conditions.calls_of(pipe)
     check_calls(pipe, arguments)
     files: list[dict[str, Any]] = []
+    not_finite = 0
     seen: list[float] = []
 
     def advance(timestep: float) -> None:
@@ -65,25 +67,37 @@ def generate(
             end = (i + 1) * steps
             images = run_call(pipe, call, num_inference_steps=steps, seed=seed + i, output_type="np")
             bar.update(end - bar.n)
-            for j, image in enumerate(_frames(images)):
-                path = output / f"seed-{seed + i}-{j:02d}.{'png' if len(image) == 1 else 'webp'}"
-                _save(image, path)
+            for j, frames in enumerate(_frames(images)):
+                path = output / f"seed-{seed + i}-{j:02d}.{'png' if len(frames) == 1 else 'webp'}"
+                not_finite += not np.isfinite(frames).all()
+                _save(_bytes(frames), path)
                 files.append({"file": path, "seed": seed + i, "index": j, "call": call})
     seconds = time.perf_counter() - start
-    content = {"model": model, "steps": steps, "seconds": seconds, "pictures": files}
+    content = {"model": model, "steps": steps, "seconds": seconds, "not_finite": not_finite, "pictures": files}
     text = "\n".join([*(str(file["file"]) for file in files), f"{len(files)} in {seconds:.1f} s, {steps} steps"])
     emit(content, text, as_json=json)
+    if not_finite:
+        note(
+            f"{not_finite} of {len(files)} hold values that are not finite, black in the files: the model has"
+            " diverged. Try --dtype float32, more bits or another seed"
+        )
+    if not_finite == len(files):
+        raise typer.Exit(1)
 
 
 def _frames(images: Any) -> list[np.ndarray[Any, Any]]:
-    """Of each picture or video [F, H, W, C] uint8; a picture has one frame."""
+    """Of each picture or video [F, H, W, C], as the pipeline gave it; a picture has one frame."""
     if isinstance(images, list):
         images = np.stack(
             [np.stack([np.asarray(f) for f in i]) if isinstance(i, list) else np.asarray(i) for i in images]
         )
-    if images.dtype != np.uint8:
-        images = (np.nan_to_num(images).clip(0, 1) * 255).round().astype(np.uint8)
     return [image if image.ndim == 4 else image[None] for image in images]
+
+
+def _bytes(frames: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    if frames.dtype == np.uint8:
+        return frames
+    return (np.nan_to_num(frames).clip(0, 1) * 255).round().astype(np.uint8)
 
 
 def _save(frames: np.ndarray[Any, Any], path: Path) -> None:

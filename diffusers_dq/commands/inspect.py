@@ -18,6 +18,8 @@ def inspect(
     The kernel is the one that would run on --device; a folder may also hold a transformer alone.
     """
     if device == "cpu" and Path(model).is_dir():
+        if not any((Path(model) / name).is_file() for name in ("model_index.json", "config.json")):
+            raise ValueError(f"{model} holds neither a pipeline (model_index.json) nor a transformer (config.json)")
         report = dq.inspect(model, component)
     else:
         report = dq.inspect(load_pipeline(model, dtype, device_of(device)), component)

@@ -18,6 +18,12 @@ from diffusers_dq.evaluation.loading import DTYPES, class_labels, read_prompts
 from diffusers_dq.presets import OURS
 
 _MODEL = "folder of a pipeline, or its name on the Hub"
+_OWN_OPTIONS = {
+    "prompt": "--prompt",
+    "class_labels": "--class-labels",
+    "guidance_scale": "--guidance",
+    "num_inference_steps": "--steps",
+}
 _DEFAULT_LABELS = 16  # pictures that a class-conditional model makes when nothing is said
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL)]
@@ -43,12 +49,20 @@ Config = Annotated[
     Path | None, typer.Option("--config", metavar="FILE", help="JSON of DQConfig.to_json_file, instead of the above")
 ]
 StatisticsFile = Annotated[
-    Path | None, typer.Option("--statistics", metavar="FILE", help="what diffusers-dq calibrate wrote")
+    str | None,
+    typer.Option(
+        "--statistics",
+        metavar="FILE",
+        help="what diffusers-dq calibrate wrote; or OWNER/NAME[@REVISION] of a repository that holds it",
+    ),
 ]
 OutputFolder = Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="for what is written")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="write into a folder that is not empty")]
 Device = Annotated[str, typer.Option("--device", help="as cpu or cuda:1; by default a GPU where there is one")]
-Dtype = Annotated[str, typer.Option("--dtype", help=f"of what is not quantized: {', '.join(DTYPES)}")]
+Dtype = Annotated[
+    str,
+    typer.Option("--dtype", help=f"of what is not quantized: {', '.join(DTYPES)}", callback=lambda name: _known(name)),
+]
 Component = Annotated[
     str | None, typer.Option("--component", metavar="NAME", help=f"of a pipeline with two: {' or '.join(DENOISERS)}")
 ]
@@ -86,10 +100,11 @@ class Conditions:
         named = [name for name, value in given.items() if value]
         if len(named) > 1:
             raise typer.BadParameter(f"give one of {' and '.join(named)}")
+        for name in key_values("--argument", self.argument).keys() & _OWN_OPTIONS.keys():
+            raise typer.BadParameter(f"--argument {name}: it has an option of its own, {_OWN_OPTIONS[name]}")
         self._texts()
         self._labels()
         self._read_calls()
-        self._further()
 
     def calls_of(self, pipe: DiffusionPipeline) -> list[dict[str, Any]]:
         """Of a class-conditional pipeline with nothing said, 16 labels evenly spread over its classes.
@@ -166,6 +181,12 @@ def calling(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+def _known(dtype: str) -> str:
+    if dtype not in DTYPES:
+        raise typer.BadParameter(f"expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    return dtype
+
+
 def config_of(
     method: str | None,
     preset: str | None,
@@ -198,7 +219,8 @@ def config_of(
             raise typer.BadParameter(f"{', '.join(twice)}: options of their own, not --option")
         return DQConfig(**settings, **further)
     except (ValueError, TypeError, KeyError, OSError) as error:
-        raise typer.BadParameter(str(error).strip("'\"")) from None
+        said = error.args[0] if isinstance(error, KeyError) and error.args else error
+        raise typer.BadParameter(str(said)) from None
 
 
 def key_values(option: str, given: Sequence[str] | None) -> dict[str, Any]:

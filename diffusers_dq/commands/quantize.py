@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from diffusers import DiffusionPipeline
 
 import diffusers_dq as dq
 from diffusers_dq.commands.calibrate import resumable
-from diffusers_dq.commands.console import check_folder, device_of, emit
+from diffusers_dq.commands.console import check_folder, device_of, emit, note
 from diffusers_dq.commands.options import (
     ActivationBits,
     Component,
@@ -32,6 +33,8 @@ from diffusers_dq.commands.options import (
     config_of,
 )
 from diffusers_dq.evaluation.loading import load_pipeline
+from diffusers_dq.files import replacing
+from diffusers_dq.statistics import Statistics
 
 
 @calling
@@ -63,25 +66,27 @@ def quantize(
     settings = config_of(method, preset, weight_bits, activation_bits, option, config)
     if Path(model).is_dir() and output.resolve() == Path(model).resolve():
         raise typer.BadParameter("--output is the model's own folder, which it would overwrite; give another")
-    if statistics is not None and not statistics.is_file():
-        raise typer.BadParameter(f"--statistics {statistics} is no file; diffusers-dq calibrate makes one")
+    if statistics is not None:
+        Statistics.load(statistics)  # what is wrong with it is said before the model is loaded
     check_folder(output, overwrite=overwrite)
     pipe = load_pipeline(model, dtype, device_of(device))
     found: Any = statistics or settings.statistics
     if found is None and settings.needs_statistics:
         found = output.parent / f"{output.name}.statistics.safetensors"
         arguments = conditions.calls_of(pipe)
-        resumable(pipe, arguments, found, num_inference_steps=steps, seed=seed, component=component)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        sampling: dict[str, Any] = dict(num_inference_steps=steps, seed=seed, component=component)
+        resumable(pipe, arguments, found, overwrite=overwrite, **sampling)
     learned = output.parent / f"{output.name}.reconstruction"
     learns = settings.recipe.rounding == "adaround"
     try:
         report = dq.quantize(
             pipe, settings, statistics=found, component=component, checkpoint=learned if learns else None
         )
+        save(pipe, output)
     except KeyboardInterrupt:
         kept = ", ".join(str(place) for place in (found, learned) if place is not None and Path(place).exists())
         raise KeyboardInterrupt(f"the same command goes on from {kept or 'the start'}") from None
-    pipe.save_pretrained(output)
     learned.unlink(missing_ok=True)
     content = {
         "output": output,
@@ -95,3 +100,16 @@ def quantize(
     }
     text = f"{report}\nwritten: {output}" + (f"\nstatistics: {found}" if found else "")
     emit(content, text, as_json=json)
+    if not report.quantized:
+        note("no linear was quantized: at 16 bits, or by modules_to_not_convert; --json lists the reasons")
+
+
+def save(pipe: DiffusionPipeline, output: Path) -> None:
+    """A new or empty folder is filled all at once, or stays as it is. Another one file by file: what the pipeline does
+    not write stays, and the checksum in config.json notices where this was interrupted."""
+    if output.is_dir() and any(output.iterdir()):
+        pipe.save_pretrained(output)
+        return
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(output) as whole:
+        pipe.save_pretrained(whole)

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `dq.compare` found, and the files it is kept in."""
 
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -12,9 +11,9 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from diffusers_dq.evaluation.files import write_whole
 from diffusers_dq.evaluation.metrics import Array
 from diffusers_dq.evaluation.plots import activation_ranges, image_grid, layer_heatmap, save_figure
+from diffusers_dq.files import write_json, write_whole
 from diffusers_dq.statistics import Statistics
 
 _MOST_COLUMNS = 8  # of the saved grid
@@ -92,8 +91,7 @@ class Comparison:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         written = [folder / "comparison.json", folder / "grid.png"]
-        text = json.dumps(self.to_dict(), indent=1, allow_nan=False)
-        write_whole(written[0], lambda file: file.write(f"{text}\n".encode()))
+        write_json(written[0], self.to_dict())
         grid = self.grid()
         write_whole(written[1], lambda file: grid.save(file, format="png"))
         for name, figure in (("layer_snr.png", heatmap), ("activation_ranges.png", ranges)):

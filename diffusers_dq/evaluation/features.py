@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from diffusers_dq.evaluation.files import write_whole
-from diffusers_dq.evaluation.pictures import PictureSet
+from diffusers_dq.evaluation.pictures import DAMAGED_ZIP, PictureSet
 from diffusers_dq.evaluation.sampling import module_fingerprint
+from diffusers_dq.files import write_whole
 
 PARTS = ("pooled", "spatial", "logits")
 INCEPTION = "inception"
@@ -153,7 +153,7 @@ def features_of(
     """
     file = cache_file(pictures, extractor)
     stamp = pictures.stamp()
-    kept = _read(file, stamp)
+    kept = _read(file, stamp, len(pictures))
     if kept is not None:
         return kept
     rows: dict[str, list[npt.NDArray[np.float32]]] = {}
@@ -170,7 +170,7 @@ def features_of(
     try:
         write_whole(file, lambda out: np.savez(out, **content))
     except OSError as error:
-        warn(f"the features of {pictures.place} are not kept: {file} cannot be written ({error.strerror})")
+        warn(f"the features of {pictures.place} are not kept: {error}")
     return features
 
 
@@ -182,14 +182,16 @@ def cache_file(pictures: PictureSet, extractor: Extractor) -> Path:
     return pictures.place.with_name(f"{pictures.place.stem}.{name}")
 
 
-def _read(file: Path, stamp: str) -> dict[str, npt.NDArray[np.float32]] | None:
-    """None where there is no file, or one of other pictures."""
+def _read(file: Path, stamp: str, n: int) -> dict[str, npt.NDArray[np.float32]] | None:
+    """None where there is no file, a damaged one, or one of other pictures."""
     if not os.access(file, os.R_OK):
         return None
     try:
         with np.load(file, allow_pickle=False) as content:
             if str(content["stamp"]) != stamp:
                 return None
-            return {name: content[name] for name in content.files if name in PARTS}
-    except (ValueError, KeyError, OSError):
+            found = {name: content[name] for name in content.files if name in PARTS}
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, EOFError, MemoryError, *DAMAGED_ZIP):
         return None
+    whole = all(x.dtype == np.float32 and len(x) == n and np.isfinite(x).all() for x in found.values())
+    return found if found and whole else None

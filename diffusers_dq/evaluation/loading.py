@@ -8,40 +8,49 @@ import torch
 from diffusers import DiffusionPipeline
 
 from diffusers_dq.opensora.loading import pipeline_class
+from diffusers_dq.repository import fetch, split_repository
 
+_PARTS = "model_index.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def load_pipeline(model: str, dtype: str, device: str) -> DiffusionPipeline:
-    """Raises ValueError, in one line, where there is no such pipeline."""
+    """Raises ValueError and as `check_pipeline`, in one line, where there is no such pipeline."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    folder = Path(model)
-    if folder.exists() and not (folder / "model_index.json").is_file():
-        raise ValueError(f"{model} holds no model_index.json; give a folder that pipe.save_pretrained wrote")
-    if not folder.exists() and (model.startswith((".", "/", "~")) or model.count("/") != 1):
-        raise ValueError(
-            f"there is no folder {model}; give the folder of a pipeline or its name on the Hub, owner/name"
-        )
+    check_pipeline(model)
     try:
         pipe = pipeline_class(model).from_pretrained(model, dtype=DTYPES[dtype])
     except OSError as error:
         reason = str(error).strip().splitlines()[0][:200]
-        raise ValueError(
-            f"no pipeline {model}: no such folder here, and the Hub did not give it ({reason})"
-        ) from error
+        raise ValueError(f"the pipeline {model} cannot be loaded: {reason}") from error
     return pipe.to(device)
 
 
+def check_pipeline(model: str) -> None:
+    """Raises ValueError, FileNotFoundError, PermissionError, ConnectionError where no pipeline is there, in a folder
+    or on the Hub. Loads nothing but its list of parts."""
+    folder = Path(model)
+    if folder.exists() and not (folder / _PARTS).is_file():
+        raise ValueError(f"{model} holds no {_PARTS}; give a folder that pipe.save_pretrained wrote")
+    if not folder.exists():
+        if split_repository(model) is None or model.count("@"):
+            raise ValueError(
+                f"there is no folder {model}; give the folder of a pipeline or its name on the Hub, owner/name"
+            )
+        fetch(model, _PARTS)
+
+
 def class_labels(pipe: DiffusionPipeline, classes: int | None) -> Sequence[int]:
-    """0 to classes - 1, or without a number the labels that the pipeline names; () for one that names none."""
+    """0 to classes - 1, or without a number the labels that the pipeline names, or all that the transformer has;
+    () for one that has none."""
+    known = getattr(getattr(pipe, "transformer", None), "config", {}).get("num_embeds_ada_norm")
     if classes is not None:
-        known = getattr(getattr(pipe, "transformer", None), "config", {}).get("num_embeds_ada_norm")
         if classes < 1 or (known is not None and classes > known):
             raise ValueError(f"--classes must be 1 to {known or 'the number of classes'}, got {classes}")
         return range(classes)
     named: Mapping[str, int] = getattr(pipe, "labels", None) or {}
-    return sorted(set(named.values()))
+    return sorted(set(named.values())) or range(known or 0)
 
 
 def read_prompts(file: Path) -> list[str]:

@@ -3,8 +3,10 @@
 
 import hashlib
 import json
+import math
 import os
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,11 +16,16 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from diffusers_dq.files import read_json
+
 Pixels = npt.NDArray[np.uint8]
 
 SETTINGS = "settings.json"
 PICTURES = "pictures"  # the folder in the output of `diffusers-dq evaluate`
+# what Python's zipfile raises of a damaged archive, or of one packed in ways that numpy never does
+DAMAGED_ZIP = (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError)
 _PICTURE_FILES = {".png", ".jpg", ".jpeg"}
+_MOST_PICTURES = 10**8
 
 
 @dataclass(frozen=True)
@@ -59,8 +66,12 @@ class PictureSet:
 
     @classmethod
     def _sampled(cls, place: Path) -> "PictureSet":
-        settings = json.loads((place / SETTINGS).read_text(encoding="utf-8"))
-        files = tuple(batch_file(place, first) for first in range(0, settings["images"], settings["batch"]))
+        settings = read_json(place / SETTINGS)
+        sizes: list[Any] = [settings.get(key) if isinstance(settings, dict) else None for key in ("images", "batch")]
+        if not all(type(size) is int and 0 < size <= _MOST_PICTURES for size in sizes):
+            raise ValueError(f"{place / SETTINGS} does not say how many pictures there are; sample them again")
+        images, batch = sizes
+        files = tuple(batch_file(place, first) for first in range(0, images, batch))
         missing = [file.name for file in files if not file.exists()]
         if missing:
             raise ValueError(
@@ -68,7 +79,7 @@ class PictureSet:
                 " the command that began it again"
             )
         _, height, width, _ = _shape(files[0])
-        return cls(place, files, settings["images"], (height, width), settings)
+        return cls(place, files, images, (height, width), settings)
 
     @classmethod
     def _folder(cls, place: Path) -> "PictureSet":
@@ -134,16 +145,19 @@ def _pixels(file: Path) -> Pixels:
     if file.suffix != ".npz":
         return _load(file)[None]
     _shape(file)
-    with np.load(file, allow_pickle=False) as content:
-        pixels: Pixels = content["arr_0"]
-        return pixels
+    try:
+        with np.load(file, allow_pickle=False) as content:
+            pixels: Pixels = content["arr_0"]
+            return pixels
+    except (ValueError, OSError, EOFError, *DAMAGED_ZIP) as error:
+        raise ValueError(f"{file} is damaged ({error}); write or sample it again") from None
 
 
 def _load(file: Path) -> Pixels:
     try:
         with Image.open(file) as image:
             return np.asarray(image.convert("RGB"))
-    except OSError as error:
+    except (OSError, Image.DecompressionBombError) as error:
         raise ValueError(f"{file} is no picture that can be read ({error}); remove or replace it") from None
 
 
@@ -155,8 +169,11 @@ def _shape(file: Path) -> tuple[int, ...]:
             version = np.lib.format.read_magic(array)
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, _, dtype = read(array)
-    except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
+            room = archive.getinfo("arr_0.npy").file_size - array.tell()
+    except (KeyError, ValueError, TypeError, OverflowError, OSError, EOFError, *DAMAGED_ZIP) as error:
         raise ValueError(f"{file} cannot be read ({error}); {expected}") from None
     if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or 0 in shape:
         raise ValueError(f"arr_0 of {file} is {dtype} {list(shape)}; {expected}")
+    if any(type(size) is not int or size < 1 for size in shape) or math.prod(shape) != room:
+        raise ValueError(f"{file} is damaged: arr_0 is said to be {list(shape)}, in {room} bytes; {expected}")
     return tuple(shape)

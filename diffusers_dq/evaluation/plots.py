@@ -18,8 +18,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
-from diffusers_dq.evaluation.files import write_whole
 from diffusers_dq.evaluation.metrics import Array, Pictures, optional
+from diffusers_dq.files import write_whole
 from diffusers_dq.installation import BOUNDARIES
 from diffusers_dq.linear import QuantizedLinear
 from diffusers_dq.statistics import SiteStatistics, Statistics

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from diffusers_dq.denoise import cuda_devices, quiet
-from diffusers_dq.evaluation.files import write_json, write_whole
 from diffusers_dq.evaluation.pictures import SETTINGS, PictureSet, Pixels, batch_file, by
+from diffusers_dq.files import read_json, write_json, write_whole
 
 FORMAT_VERSION = 1
 
@@ -198,9 +198,9 @@ def _claim(folder: Path, settings: dict[str, Any]) -> None:
         write_json(path, settings)
         return
     try:
-        earlier = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}); sample into another folder") from None
+        earlier = dict(read_json(path))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} holds no settings ({error}); sample into another folder") from None
     keys = sorted(earlier.keys() | settings.keys())
     other = [f"{key} {_short(earlier.get(key))}, now {_short(settings.get(key))}" for key in keys
              if earlier.get(key) != settings.get(key)]  # fmt: skip

@@ -5,25 +5,21 @@ The shapes of the tensors say what the model is; what they cannot say (heads, sc
 config.json or from the caller.
 """
 
-import json
+import math
 import os
-import pickle
 import re
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
+from diffusers_dq.opensora.reading import first_line, locate, published_config, read
 from diffusers_dq.opensora.stdit import STDiTTransformer3DModel
 from diffusers_dq.opensora.stdit3 import STDiT3Transformer3DModel
 
 OpenSoraModel = STDiTTransformer3DModel | STDiT3Transformer3DModel
 
-_PICKLES = {".pth", ".pt", ".bin", ".ckpt"}
-_HUB_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json"]
 _RECOMPUTED = re.compile(r"pos_embed")  # pos_embed, pos_embed_temporal, pos_embed.inv_freq
 
 _OUTSIDE = {
@@ -58,7 +54,8 @@ _INSIDE = {
     "mlp.fc2": ("ff.net.2",),
     "": ("",),  # its scale_shift_table
 }
-_BLOCK = re.compile(r"(blocks|spatial_blocks|temporal_blocks)\.(\d+)\.(?:(.+)\.)?([^.]+)$")
+_NAMED = 10  # at most, of what an error lists
+_BLOCK = re.compile(r"(blocks|spatial_blocks|temporal_blocks)\.([0-9]{1,9})\.(?:(.+)\.)?([^.]+)$")
 
 
 def load_open_sora(
@@ -79,12 +76,12 @@ def load_open_sora(
     `num_attention_heads`, `space_scale` (0.5 for 256 pixels), `time_scale` (2/3 for 64 frames), `sample_size`.
 
     Raises ValueError for tensors that are missing, not known, there twice or of a wrong shape, with their names, for a
-    file that is damaged, a pickle that holds more than tensors, a folder of which it is not clear what the model is,
-    and for variants of STDiT3 that are computed otherwise.
+    file that is damaged, or holds fewer numbers than its tensors claim, a pickle that holds more than tensors, a
+    folder of which it is not clear what the model is, and for variants of STDiT3 that are computed otherwise.
     """
-    file = _locate(source, filename, revision)
-    described = _published_config(file / "config.json") if file.is_dir() else {}
-    return from_original(_read(file), dtype=dtype, **{**described, **config})
+    file = locate(source, filename, revision)
+    described = published_config(file / "config.json") if file.is_dir() else {}
+    return from_original(read(file), dtype=dtype, **{**described, **config})
 
 
 def from_original(
@@ -93,10 +90,12 @@ def from_original(
     """The model of a state dict in the published layout: flat, or nested under "ema" or "state_dict".
 
     config and errors as in `load_open_sora`. The tensors of the dict are copied only where their dtype changes or
-    where a fused projection is split.
+    where a fused projection is split; nothing is copied, and no more than one block laid out, before all is checked.
     """
     tensors = _flat(tensors)
-    converted: dict[str, Tensor] = {}
+    _check_sound(tensors)
+    found: dict[str, Tensor] = {}
+    split: set[str] = set()
     unknown, again = [], []
     for name, tensor in tensors.items():
         if _RECOMPUTED.match(name):
@@ -105,131 +104,24 @@ def from_original(
             _check_rotation(tensor)
             continue
         names = _converted_names(name)
-        again += [f"{name} ({new})" for new in names if new in converted]
-        if len(names) > 1:
-            parts = (part.to(dtype).clone() for part in tensor.chunk(len(names)))
-            converted |= dict(zip(names, parts, strict=False))  # too few rows for all: some will be missing
-        elif names:
-            converted[names[0]] = tensor.to(dtype)
-        else:
-            unknown.append(name)
+        again += [f"{name} ({new})" for new in names if new in found]
+        found |= dict(zip(names, tensor.chunk(len(names)) if names else (), strict=False))  # too few: some are missing
+        split.update(names if len(names) > 1 else ())
+        unknown += [] if names else [name]
 
     if again:
         raise ValueError(f"these tensors are in the state dict under another name too: {', '.join(again)}")
     third = any(name.startswith("spatial_blocks.") for name in tensors)
     kind = STDiT3Transformer3DModel if third else STDiTTransformer3DModel
     _check_present(tensors, kind)
+    config = {**_inferred_config(found, kind, config.get("num_attention_heads")), **config}
+    _check_tensors(found, unknown, _expected(kind, config))
+    _check_held(found.values())
     with torch.device("meta"):
-        model = kind(**{**_inferred_config(converted, kind, config.get("num_attention_heads")), **config})
-    _check_tensors(converted, unknown, model.state_dict())
+        model = kind(**config)
+    converted = {name: tensor.to(dtype, copy=name in split) for name, tensor in found.items()}
     model.load_state_dict(converted, assign=True)
     return model.eval()
-
-
-# Where the tensors are
-
-
-def _locate(source: str | os.PathLike[str], filename: str | None, revision: str | None) -> Path:
-    """A file, or a folder with config.json."""
-    from huggingface_hub import hf_hub_download, snapshot_download
-
-    path = Path(source)
-    if not path.exists():
-        repository = str(source)
-        if repository.count("/") != 1 or repository.startswith((".", "/", "~")) or path.suffix in _PICKLES:
-            raise ValueError(f"there is no file or folder {source}, and it is no name on the Hub, owner/name")
-        if filename is not None:
-            return Path(hf_hub_download(repository, filename, revision=revision))
-        path = Path(snapshot_download(repository, revision=revision, allow_patterns=_HUB_FILES))
-    path = path / filename if filename is not None else path
-    if not path.exists():
-        raise ValueError(f"{path.parent} holds no {path.name}; expected the name of one of its files")
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise ValueError(f"{path} holds no config.json; name one of its files by filename=...")
-    return path
-
-
-def _read(path: Path) -> Mapping[str, Tensor]:
-    """Of a file, or of the files of a folder that are the model. Raises ValueError where two hold the same tensor."""
-    if not path.is_dir():
-        return _read_file(path)
-    tensors: dict[str, Tensor] = {}
-    for file in _files_of(path):
-        content = _read_file(file)
-        twice = sorted(tensors.keys() & content.keys())
-        if twice:
-            raise ValueError(
-                f"{file} holds tensors that another file of the index holds too ({', '.join(twice[:5])}), so one of"
-                " them is not of this model; name the file to read by filename=..."
-            )
-        tensors |= content
-    return tensors
-
-
-def _files_of(folder: Path) -> list[Path]:
-    """model.safetensors, the files that an index names, or the only file that there is."""
-    found = sorted(folder.glob("*.safetensors"))
-    if folder / "model.safetensors" in found:
-        return [folder / "model.safetensors"]
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        shards = _read_json(index).get("weight_map")
-        names = sorted(set(map(str, shards.values()))) if isinstance(shards, dict) else []
-        absent = [name for name in names if folder / name not in found]
-        if not names or absent:
-            raise ValueError(f"{index} must name files of its folder as weight_map; absent: {', '.join(absent)}")
-        return [folder / name for name in names]
-    if not found:
-        raise ValueError(f"{folder} holds no .safetensors file; name another of its files by filename=...")
-    if len(found) > 1:
-        raise ValueError(
-            f"{folder} holds {', '.join(file.name for file in found)}, and neither a model.safetensors nor"
-            f" {index.name} says which of them are the model; name one by filename=..."
-        )
-    return found
-
-
-def _read_file(file: Path) -> Mapping[str, Tensor]:
-    if file.suffix != ".safetensors" and file.suffix not in _PICKLES:
-        known = ", ".join(sorted({*_PICKLES, ".safetensors"}))
-        raise ValueError(f"{file} is no checkpoint that can be read: expected one of {known}")
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        content: Mapping[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)
-        return content
-    except (OSError, MemoryError):
-        raise
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{file} is damaged or pickles more than tensors, and code from a file is never run here. If you trust the"
-            f" file, convert it to .safetensors elsewhere ({_first_line(error)})"
-        ) from None
-    except Exception as error:  # whatever the bytes of a damaged file make the readers stumble over
-        raise ValueError(f"{file} is damaged, or cut short; download it again ({_first_line(error)})") from error
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} is damaged: expected a JSON object, found {type(content).__name__}")
-    return content
-
-
-def _published_config(file: Path) -> dict[str, Any]:
-    """Of STDiT3's config.json, what its tensors do not say; keys that only training reads are passed over."""
-    published = _read_json(file)
-    if published.get("qk_norm_legacy"):
-        raise ValueError(f"{file} sets qk_norm_legacy: rotary positions before the norm, which is not supported")
-    names = {"num_heads": "num_attention_heads", "input_sq_size": "sample_size"}
-    return {ours: published[theirs] for theirs, ours in names.items() if theirs in published}
 
 
 def _flat(tensors: Any) -> dict[str, Tensor]:
@@ -267,8 +159,7 @@ def _converted_names(name: str) -> list[str]:
 
 def _check_rotation(frequencies: Tensor) -> None:
     """STDiT3 stores its rotary frequencies, which nothing trains: they are worked out anew, and must be the same."""
-    count = len(frequencies)
-    expected = 10000.0 ** -(torch.arange(count, dtype=torch.float64) / count)
+    expected = 10000.0 ** -(torch.arange(len(frequencies), dtype=torch.float64) / len(frequencies))
     if frequencies.ndim != 1 or not torch.allclose(frequencies.double().cpu(), expected, rtol=2**-7, atol=0):
         raise ValueError(
             "rope.freqs are not 10000^(-2 i / head width), as in Open-Sora 1.2; other rotary positions are not"
@@ -277,6 +168,38 @@ def _check_rotation(frequencies: Tensor) -> None:
 
 
 # What they say about the model
+
+
+def _check_held(tensors: Collection[Tensor]) -> None:
+    """Raises ValueError where tensors are parts of each other: as a model's they would not be."""
+    held = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    claimed = sum(tensor.nbytes for tensor in tensors)
+    if claimed > sum(held.values()):
+        raise ValueError(f"the tensors share values: they claim {claimed} bytes, and there are {sum(held.values())}")
+
+
+def _check_sound(tensors: Mapping[str, Tensor]) -> None:
+    """Raises ValueError for what is no array of floating-point numbers that are all there.
+
+    A pickle of a few bytes can hold a tensor of any size, all of its elements one number; copies of it would not be
+    small.
+    """
+    for name, tensor in tensors.items():
+        if _RECOMPUTED.match(name):
+            continue
+        if (
+            tensor.layout != torch.strided
+            or tensor.is_nested
+            or tensor.device.type == "meta"
+            or not tensor.is_floating_point()
+        ):
+            what = f"{tensor.dtype} on the {tensor.device.type} device, {tensor.layout}"
+            raise ValueError(f"{name} is {what}; expected floating-point numbers, dense and with values")
+        shape = list(tensor.shape)
+        if not shape or not all(shape):
+            raise ValueError(f"{name} has shape {shape}; expected at least one dimension, and none of size 0")
+        if tensor.untyped_storage().nbytes() < tensor.nbytes:
+            raise ValueError(f"{name} claims shape {shape}, {tensor.nbytes} bytes, and the file holds fewer of it")
 
 
 def _check_present(tensors: Iterable[str], kind: type) -> None:
@@ -293,40 +216,80 @@ def _check_present(tensors: Iterable[str], kind: type) -> None:
         raise ValueError(f"no Open-Sora checkpoint: {len(missing)} tensors are missing ({', '.join(missing)})")
 
 
-def _inferred_config(converted: Mapping[str, Tensor], kind: type, heads: int | None) -> dict[str, Any]:
+def _inferred_config(found: Mapping[str, Tensor], kind: type, heads: int | None) -> dict[str, Any]:
     """Arguments of the model's class, as far as shapes tell them. heads: where they cannot, else 16."""
-    channels, in_channels, *patch_size = converted["pos_embed.proj.weight"].shape
-    length, caption_channels = converted["caption_projection.y_embedding"].shape
-    hidden = len(converted["transformer_blocks.0.ff.net.0.proj.weight"])
-    norm = converted.get("transformer_blocks.0.attn1.norm_q.weight")
-    heads = heads or (16 if norm is None else channels // len(norm))
-    if channels % heads:
+    channels, in_channels, *patch_size = _shape(found, "pos_embed.proj.weight", 5)
+    length, caption_channels = _shape(found, "caption_projection.y_embedding", 2)
+    hidden, _ = _shape(found, "transformer_blocks.0.ff.net.0.proj.weight", 2)
+    rows, _ = _shape(found, "proj_out.weight", 2)
+    norm = "transformer_blocks.0.attn1.norm_q.weight"
+    width = _shape(found, norm, 1)[0] if norm in found else None
+    if heads is None:
+        heads = 16 if width is None else max(1, channels // width)
+    if type(heads) is not int or heads < 1 or channels % heads:
         raise ValueError(f"num_attention_heads must divide the width, {channels}; got {heads}")
-    layers = {int(name.split(".")[1]) for name in converted if name.startswith("transformer_blocks.")}
+    if rows % math.prod(patch_size):
+        raise ValueError(f"proj_out has {rows} rows, which are no multiple of a patch of {patch_size}")
     config = dict(
         num_attention_heads=heads,
         attention_head_dim=channels // heads,
         in_channels=in_channels,
-        out_channels=len(converted["proj_out.weight"]) // torch.Size(patch_size).numel(),
-        num_layers=max(layers) + 1,
+        out_channels=rows // math.prod(patch_size),
+        num_layers=_layers(found),
         patch_size=tuple(patch_size),
         mlp_ratio=hidden / channels,
         caption_channels=caption_channels,
         caption_length=length,
     )
-    return config | ({"qk_norm": norm is not None} if kind is STDiT3Transformer3DModel else {})
+    return config | ({"qk_norm": width is not None} if kind is STDiT3Transformer3DModel else {})
 
 
-def _check_tensors(converted: Mapping[str, Tensor], unknown: Iterable[str], expected: Mapping[str, Tensor]) -> None:
+def _shape(found: Mapping[str, Tensor], name: str, dimensions: int) -> tuple[int, ...]:
+    shape = tuple(found[name].shape)
+    if len(shape) != dimensions:
+        raise ValueError(f"{name} has shape {list(shape)}; expected {dimensions} dimensions")
+    return shape
+
+
+def _layers(found: Iterable[str]) -> int:
+    """Raises ValueError where a block is left out: a single name could ask for any number of them."""
+    numbers = {int(name.split(".")[1]) for name in found if name.startswith("transformer_blocks.")}
+    absent = next(i for i in range(len(numbers) + 1) if i not in numbers)
+    if absent != len(numbers):
+        raise ValueError(f"there is a block {max(numbers)} and no block {absent}: one is missing, or one misnamed")
+    return len(numbers)
+
+
+def _expected(kind: type, config: Mapping[str, Any]) -> dict[str, torch.Size]:
+    """Shapes of the model's tensors by name, from one block of each stack."""
+    try:
+        with torch.device("meta"):
+            one = kind(**{**config, "num_layers": 1}).state_dict()
+    except RuntimeError as error:  # no tensor has so many bytes
+        raise ValueError(f"the tensors' shapes make no model of {kind.__name__} ({first_line(error)})") from None
+    shapes: dict[str, torch.Size] = {}
+    for name, tensor in one.items():
+        stack, first, rest = name.partition("transformer_blocks.0.")
+        numbered = [f"{stack}transformer_blocks.{i}.{rest}" for i in range(config["num_layers"])] if first else [name]
+        shapes |= dict.fromkeys(numbered, tensor.shape)
+    return shapes
+
+
+def _check_tensors(found: Mapping[str, Tensor], unknown: Iterable[str], expected: Mapping[str, torch.Size]) -> None:
     """Raises ValueError that lists what is missing, not known (by its published name) or of another shape."""
-    missing = sorted(expected.keys() - converted.keys())
-    extra = sorted([*unknown, *(converted.keys() - expected.keys())])
-    shapes = [
-        f"{name} {list(converted[name].shape)} instead of {list(tensor.shape)}"
-        for name, tensor in expected.items()
-        if name in converted and converted[name].shape != tensor.shape
-    ]
-    kinds = {"missing": missing, "not known": extra, "of another shape": shapes}
-    found = [f"{len(names)} {kind} ({', '.join(names)})" for kind, names in kinds.items() if names]
-    if found:
-        raise ValueError(f"these tensors are no STDiT or STDiT3 as published: {'; '.join(found)}")
+    kinds = {
+        "missing": sorted(expected.keys() - found.keys()),
+        "not known": sorted([*unknown, *(found.keys() - expected.keys())]),
+        "of another shape": [
+            f"{name} {list(found[name].shape)} instead of {list(shape)}"
+            for name, shape in expected.items()
+            if name in found and found[name].shape != shape
+        ],
+    }
+    wrong = [f"{len(names)} {kind} ({_some(names)})" for kind, names in kinds.items() if names]
+    if wrong:
+        raise ValueError(f"these tensors are no STDiT or STDiT3 as published: {'; '.join(wrong)}")
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from diffusers_dq.files import replacing
+from diffusers_dq.files import read_json, write_json
 
 FORMAT_VERSION = 1
 
@@ -41,9 +41,10 @@ class Record:
 
     def _read(self, path: Path) -> dict[str, float]:
         try:
-            content = json.loads(path.read_text())
-            settings, values, version = content["settings"], content["values"], content["format_version"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            content = read_json(path)
+            settings, version = dict(content["settings"]), content["format_version"]
+            values = {str(key): float(value) for key, value in content["values"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(
                 f"{path} is no checkpoint of a search ({error!r}); give another path to start anew"
             ) from error
@@ -55,14 +56,13 @@ class Record:
                     f"the checkpoint {path} is of another run: its {key} is {settings.get(key)!r}, now it is"
                     f" {self.settings.get(key)!r}. Give the same arguments to resume, or another path to start anew"
                 )
-        return {key: float(value) for key, value in values.items()}
+        return values
 
     def _write(self) -> None:
         if self.path is None:
             return
         content = {"format_version": FORMAT_VERSION, "settings": self.settings, "values": self.values}
-        with replacing(self.path) as unfinished:
-            unfinished.write_text(json.dumps(content))
+        write_json(self.path, content)
 
 
 def described(value: Any) -> Any:

@@ -11,6 +11,7 @@ from diffusers_dq.benchmark.plot import save_plot
 from diffusers_dq.benchmark.report import BEGIN, END, load_all, section, section_of, write_readme
 from diffusers_dq.benchmark.results import Results
 from diffusers_dq.benchmark.tables import table
+from diffusers_dq.hardware import name_of
 
 CHECKOUT = Path(__file__).parents[2]
 SPREAD = {"median_ms": 2.0, "quartile_low_ms": 1.5, "quartile_high_ms": 2.5, "rounds": 3}
@@ -131,5 +132,5 @@ def test_where_results_go_and_what_they_are_called():
     assert environment.results_folder() == CHECKOUT / "kernels" / "benchmarks" / "results"
     assert environment.slug("AMD EPYC(R) 9B14 (TM)") == "amd-epyc-9b14"
     about = environment.about("cpu")
-    assert about["hardware"] and about["threads"] >= 1 and about["versions"]["torch"]
+    assert about["hardware"] == name_of("cpu") and about["threads"] >= 1 and about["versions"]["torch"]
     assert environment.about("cpu", commit="abc")["commit"] == "abc"

@@ -77,7 +77,7 @@ def test_a_product_that_fails_is_broken(monkeypatch):
 )
 def test_packages_that_are_missing_or_too_old(monkeypatch, requires, what, level, do, code):
     monkeypatch.setattr(doctor.metadata, "requires", lambda name: [requires])
-    monkeypatch.setattr(doctor, "_version", lambda package: None if package == "absent" else "1.2")
+    monkeypatch.setattr(doctor, "version_of", lambda package: None if package == "absent" else "1.2")
     content = examined(exit_code=code)
     about = [finding for finding in content["findings"] if "absent" in finding["what"] or "numpy" in finding["what"]]
     assert [(finding["what"], finding["level"]) for finding in about] == ([(what, level)] if what else [])
@@ -93,7 +93,7 @@ def test_a_cpu_without_vnni_and_a_gpu_without_triton(monkeypatch):
 
 def test_vnni_is_read_from_the_cpu_flags(monkeypatch):
     for flags, expected in (("sse avx512_vnni", True), ("sse avx2", False), (None, None)):
-        monkeypatch.setattr(doctor, "_cpu_field", lambda name, flags=flags: flags)
+        monkeypatch.setattr(doctor, "cpu_field", lambda name, flags=flags: flags)
         assert doctor._vnni() is expected
 
 

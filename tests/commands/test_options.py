@@ -6,8 +6,9 @@ import typer
 from support import tiny_pipeline
 
 import diffusers_dq as dq
-from diffusers_dq.commands.console import device_of, plain
+from diffusers_dq.commands.console import device_of
 from diffusers_dq.commands.options import Conditions, config_of, key_values
+from diffusers_dq.files import strict
 
 
 class Prompted:
@@ -78,11 +79,11 @@ def test_values_are_json_or_strings():
 
 
 def test_json_is_strict():
-    assert plain({1: (float("nan"), float("-inf")), "a": [1.5]}) == {"1": ["nan", "-inf"], "a": [1.5]}
+    assert strict({1: (float("nan"), float("-inf")), "a": [1.5]}) == {"1": ["nan", "-inf"], "a": [1.5]}
 
 
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert device_of("") == "cpu"
-    with pytest.raises(ValueError, match="sees no GPU here; give --device cpu"):
+    with pytest.raises(typer.BadParameter, match="sees no GPU here; give --device cpu"):
         device_of("cuda:0")

@@ -100,11 +100,7 @@ def test_a_model_is_paired_with_another(evaluated, quantized, dit_folder, tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--images", 0], "images must be at least 1, got 0"),
         (["--classes", 0], "--classes must be 1 to 1000, got 0"),
-        (["--dtype", "int8"], "dtype must be one of float32, bfloat16, float16, got 'int8'"),
-        (["--device", "cuda"], "sees no GPU here; give --device cpu"),
-        (["--device", "abacus"], "--device must be a device of torch"),
         (["--reference", "{tmp}/none"], "holds no pictures: give a folder"),
         (["--reference", "{tmp}/one.npz"], "holds 1 picture; a distribution needs 2 at least"),
         (["--reference", "{tmp}/large.npz"], "of 8 x 8 pixels, those of the reference of 9 x 9"),
@@ -112,7 +108,6 @@ def test_a_model_is_paired_with_another(evaluated, quantized, dit_folder, tmp_pa
         (["--prompts", "{tmp}/none.txt"], "none.txt is no file; --prompts takes a text file"),
         (["--prompts", "{tmp}/empty.txt"], "empty.txt holds no prompt"),
         (["--pairs", 2], "--pairs runs two models side by side; give --paired-with a model"),
-        (["--argument", "height"], "--argument must be name=value, as height=512; got 'height'"),
         (["--paired-with", "{tmp}"], "holds no model_index.json"),
         (["--clip", "{tmp}"], "no CLIP model could be loaded"),
     ],
@@ -145,7 +140,23 @@ def test_a_model_that_is_not_there_is_one_line(tmp_path, model):
     assert "error: there is no folder" in text or "holds no model_index.json" in text
 
 
-def test_a_model_without_labels_asks_for_the_number_of_classes(dit_folder, tmp_path):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--images", 0], "'--images': Input should be greater than or equal to 1"),
+        (["--dtype", "int8"], "expected one of float32, bfloat16, float16, got 'int8'"),
+        (["--device", "cuda"], "sees no GPU here; give --device cpu"),
+        (["--device", "abacus"], "--device must be a device of torch"),
+        (["--argument", "height"], "--argument must be KEY=VALUE, as height=512; got 'height'"),
+    ],
+)
+def test_an_option_that_cannot_be_is_a_usage_error(dit_folder, tmp_path, arguments, message):
+    text = run(dit_folder, *SIZES, "--output", tmp_path / "out", *arguments, exit_code=2)
+    assert message.replace(" ", "") in "".join(text.replace("│", "").split()) and not (tmp_path / "out").exists()
+
+
+def test_without_labels_of_the_pipeline_all_classes_are_taken_in_turn(dit_folder, tmp_path):
     sizes = [argument for argument in SIZES if argument not in ("--classes", 20)]
-    text = run(dit_folder, *sizes, "--output", tmp_path, exit_code=1)
-    assert "DiTPipeline is told a class: give --classes" in text
+    run(dit_folder, *sizes, "--output", tmp_path)
+    content = json.loads((tmp_path / "metrics.json").read_text())
+    assert content["sampling"]["classes"] == list(range(1000))

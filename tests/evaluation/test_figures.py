@@ -10,9 +10,9 @@ from transformers import CLIPConfig, CLIPModel
 from diffusers_dq.evaluation import Extractor, Judges, PictureSet, measure
 from diffusers_dq.evaluation.distribution import fid, inception_score, kid, precision_recall
 from diffusers_dq.evaluation.figures import NAMES
-from diffusers_dq.evaluation.files import write_json
 from diffusers_dq.evaluation.perception import Clip, load_lpips
 from diffusers_dq.evaluation.pictures import SETTINGS, batch_file
+from diffusers_dq.files import write_json
 
 RNG = np.random.default_rng(0)
 real = RNG.integers(0, 256, (12, 16, 16, 3), dtype=np.uint8)

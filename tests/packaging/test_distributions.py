@@ -5,6 +5,7 @@ What they are built from is a copy of what git would commit, so that nothing lef
 """
 
 import email
+import json
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -120,23 +122,63 @@ def test_metadata_says_what_the_project_says(wheel):
     assert set(metadata.get_all("Provides-Extra")) == set(project["optional-dependencies"])
 
 
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """A function: runs a program of an environment that has Python and pip alone, in an empty folder elsewhere, with
+    none of this process's paths. It is given the exit code to expect, else 0.
+    """
+    folder = tmp_path_factory.mktemp("clean")
+    (folder / "elsewhere").mkdir()
+    run(sys.executable, "-m", "venv", folder / "venv", cwd=folder)
+    hidden = ("PYTHON", "VIRTUAL_ENV", "TRITON_INTERPRET", "COVERAGE", "COV_")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
+
+    def call(program: str, *arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [folder / "venv" / "bin" / program, *map(str, arguments)],
+            cwd=folder / "elsewhere",
+            capture_output=True,
+            text=True,
+            env=environment | {"OMP_NUM_THREADS": "1"},
+            timeout=900,
+        )
+        assert done.returncode == code, done.stdout[-2000:] + done.stderr[-3000:]
+        return done
+
+    return call
+
+
 @pytest.mark.slow
-def test_the_demo_runs_from_the_wheel_in_another_directory(wheel, tmp_path):
-    installed, elsewhere = tmp_path / "installed", tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", installed, wheel, cwd=elsewhere)
-    where = run(
-        sys.executable,
-        "-c",
-        "import diffusers_dq; print(diffusers_dq.__file__)",
-        cwd=elsewhere,
-        PYTHONPATH=str(installed),
-    )
-    assert where.strip() == str(installed / "diffusers_dq" / "__init__.py")
-    command = [sys.executable, installed / "bin" / "diffusers-dq", "demo", "--images", "1", "--steps", "2"]
-    printed = run(*command, cwd=elsewhere, PYTHONPATH=str(installed))
+def test_in_a_clean_environment_it_says_what_it_lacks_and_then_works(clean, wheel, tmp_path):
+    """Plain first, then with the extra. torch is the one of constraints.txt: the registry's newest brings gigabytes of
+    CUDA packages."""
+
+    def install(*what: object) -> None:
+        clean("python", "-m", "pip", "install", "--quiet", "--constraint", ROOT / "constraints.txt", *what)
+
+    install("torch")
+    install(wheel)
+    clean("python", "-m", "pip", "check")
+    listed = json.loads(clean("python", "-m", "pip", "list", "--format", "json").stdout)
+    assert not {"matplotlib", "torchmetrics", "transformers"} & {package["name"] for package in listed}
+    where = clean("python", "-c", "import diffusers_dq as dq; dq.push_to_hub; print(dq.__file__)").stdout
+    assert "site-packages" in where and str(ROOT) not in where
+    assert "calibrate" in clean("diffusers-dq", "--help").stdout
+    examined = json.loads(clean("diffusers-dq", "doctor", "--json").stdout)
+    assert examined["healthy"] and examined["versions"]["diffusers-dq"] == dq.__version__
+    advice = {finding["do"] for finding in examined["findings"]}
+    assert "pip install 'diffusers-dq[eval]'" in advice
+
+    demo = ["demo", "--images", 1, "--steps", 2, "-o", tmp_path / "output"]
+    said = clean("diffusers-dq", *demo, code=1).stderr
+    assert "pip install diffusers-dq[eval]" in said and "Traceback" not in said
+    assert not (tmp_path / "output" / "grid.png").exists()
+
+    install(f"diffusers-dq[eval] @ {wheel.as_uri()}")
+    clean("python", "-m", "pip", "check")
+    printed = clean("diffusers-dq", *demo).stdout
     assert "full precision" in printed and "quality" in printed
-    assert (elsewhere / "demo_output" / "grid.png").stat().st_size > 1000
+    assert (tmp_path / "output" / "grid.png").stat().st_size > 1000
 
 
 def test_the_version_is_in_one_place():

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`diffusers-dq benchmark ...`"""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,6 +21,8 @@ from diffusers_dq.benchmark.settings import Mode, Settings
 from diffusers_dq.benchmark.stage import BOTH
 from diffusers_dq.benchmark.step import step_part
 from diffusers_dq.benchmark.variants import VARIANTS
+from diffusers_dq.commands.console import emit, note
+from diffusers_dq.commands.options import Json
 
 app = typer.Typer(no_args_is_help=True, help="Speed and size against full precision and the peers.")
 
@@ -58,18 +59,20 @@ class Run:
     commit: str | None = None
     overwrite: bool = False
     budget: float = float("inf")
+    as_json: bool = False
 
     def measure(self, parts: Sequence[Part]) -> Results:
-        """Measures, prints and judges; the file is whole after each part."""
+        """Measures, prints and judges; the file is whole after each part. With `as_json` stdout has the results alone,
+        as the file has them, and where they are."""
         results = self._results()
         about = results.about
-        typer.echo(f"{about['hardware']}, {about['threads']} CPU threads; results: {results.path}")
-        with _told():
-            Session(self.settings, results, typer.echo, self.budget).run(parts)
-            results.bars = bars.judge_all(results)
-            results.save()
-        typer.echo("\nbars:\n" + "\n".join(bars.line(judged) for judged in results.bars))
-        typer.echo(f"\nwritten: {results.path}")
+        say = note if self.as_json else typer.echo
+        say(f"{about['hardware']}, {about['threads']} CPU threads; results: {results.path}")
+        Session(self.settings, results, say, self.budget).run(parts)
+        results.bars = bars.judge_all(results)
+        results.save()
+        text = "\nbars:\n" + "\n".join(bars.line(judged) for judged in results.bars) + f"\n\nwritten: {results.path}"
+        emit({"results": results.path, **results.to_dict()}, text, as_json=self.as_json)
         return results
 
     def _results(self) -> Results:
@@ -77,14 +80,13 @@ class Run:
         about["settings"] = asdict(self.settings)
         name = f"{self.command}-{environment.slug(about['hardware'])}.json"
         path = self.output or environment.results_folder() / name
-        with _told():
-            check_place(path)
-            if self.output is None and path.exists() and not (self.resume or self.overwrite):
-                raise ValueError(
-                    f"{path} holds results already: --resume goes on with them, --overwrite replaces them, --output"
-                    " writes elsewhere"
-                )
-            return Results.resume(path, about) if self.resume else Results(about, path)
+        check_place(path)
+        if self.output is None and path.exists() and not (self.resume or self.overwrite):
+            raise ValueError(
+                f"{path} holds results already: --resume goes on with them, --overwrite replaces them, --output"
+                " writes elsewhere"
+            )
+        return Results.resume(path, about) if self.resume else Results(about, path)
 
 
 @app.command("all")
@@ -104,6 +106,7 @@ def measure_all(
     resume: Resume = False,
     commit: Commit = None,
     threads: Threads = None,
+    json: Json = False,
 ) -> None:
     """All that the project promises, the most important first: about 8 minutes on an H200."""
     if dry_run:
@@ -113,7 +116,7 @@ def measure_all(
         import_plain_sdnq()
         settings = replace(settings, backend="aot_eager")
         output = output or Path.cwd() / "dry-run.json"
-    run = Run("all", settings, output, resume, commit, overwrite, float("inf") if budget is None else budget)
+    run = Run("all", settings, output, resume, commit, overwrite, budget, json)
     run.measure(plan.dry_plan() if dry_run else plan.full_plan(settings.device))
 
 
@@ -130,13 +133,13 @@ def measure_gemm(
     resume: Resume = False,
     commit: Commit = None,
     threads: Threads = None,
+    json: Json = False,
 ) -> None:
     """Matrix products alone, against bf16, torch._int_mm and fp8."""
     settings = _settings(device, rounds, max_seconds, "", None, threads)
     peak = peak_part(plan.PEAK_SIZE[settings.device])
-    with _told():
-        parts = [gemm_part(_gemm(shape)) for shape in shapes] if shapes else plan.gemm_parts(settings.device)
-    Run("gemm", settings, output, resume, commit, overwrite).measure([peak, *parts])
+    parts = [gemm_part(_gemm(shape)) for shape in shapes] if shapes else plan.gemm_parts(settings.device)
+    Run("gemm", settings, output, resume, commit, overwrite, as_json=json).measure([peak, *parts])
 
 
 @app.command("step")
@@ -162,16 +165,16 @@ def measure_step(
     resume: Resume = False,
     commit: Commit = None,
     threads: Threads = None,
+    json: Json = False,
 ) -> None:
     """One denoising step of each model, for every contestant."""
     settings = _settings(device, rounds, max_seconds, scope, cuda_graphs, threads, profile)
     sizes = dict(layers=layers, batch=batch, tokens=tokens, heads=heads, head_dim=head_dim, frames=frames, cfg=cfg)
     names = tuple(contestant) if contestant else None
-    with _told():
-        modes = _modes(mode)
-        parts = [step_part(case_of(name).changed(**sizes), names, modes) for name in models or CASES]
+    modes = _modes(mode)
+    parts = [step_part(case_of(name).changed(**sizes), names, modes) for name in models or CASES]
     peak = peak_part(plan.PEAK_SIZE[settings.device])
-    Run("step", settings, output, resume, commit, overwrite).measure([peak, *parts])
+    Run("step", settings, output, resume, commit, overwrite, as_json=json).measure([peak, *parts])
 
 
 @app.command("pipeline")
@@ -192,33 +195,35 @@ def measure_pipeline(
     overwrite: Overwrite = False,
     commit: Commit = None,
     threads: Threads = None,
+    json: Json = False,
 ) -> None:
     """Latents a second of a whole DiT pipeline."""
     settings = _settings(device, rounds, max_seconds, scope, False, threads)
     sizes = dict(layers=layers, batch=batch, tokens=tokens, heads=heads, head_dim=head_dim, cfg=cfg)
-    with _told():
-        part = pipeline_part(case_of(model).changed(**sizes), steps)
-    Run("pipeline", settings, output, False, commit, overwrite).measure([part])
+    part = pipeline_part(case_of(model).changed(**sizes), steps)
+    Run("pipeline", settings, output, False, commit, overwrite, as_json=json).measure([part])
 
 
 @app.command("report")
 def write_report(
     results: Annotated[Path | None, typer.Option(help="folder of results files")] = None,
     readme: Annotated[Path | None, typer.Option(help="file with the markers; by default kernels/README.md")] = None,
+    json: Json = False,
 ) -> None:
     """Writes the tables of kernels/README.md and the plot from the results files."""
     folder = results or environment.results_folder()
     readme = readme or environment.CHECKOUT / "kernels" / "README.md"
     found, left_out = report.load_all(folder)
-    with _told():
-        if not found:
-            reasons = "".join(f"; {name} {reason}" for name, reason in left_out.items())
-            raise ValueError(f"{folder} holds no results to report{reasons}: give --results a folder of results files")
-        report.write_readme(readme, report.section(found, left_out))
-        drawn = save_plot(found, folder / report.PLOT)
-    typer.echo(f"written: {readme}" + (f", {folder / report.PLOT}" if drawn else " (no step measured: no plot)"))
+    if not found:
+        reasons = "".join(f"; {name} {reason}" for name, reason in left_out.items())
+        raise ValueError(f"{folder} holds no results to report{reasons}: give --results a folder of results files")
+    report.write_readme(readme, report.section(found, left_out))
+    drawn = save_plot(found, folder / report.PLOT)
     for name, reason in left_out.items():
-        typer.echo(f"not shown: {name} {reason}", err=True)
+        note(f"not shown: {name} {reason}")
+    written = [readme, folder / report.PLOT] if drawn else [readme]
+    text = f"written: {', '.join(map(str, written))}" + " (no step measured: no plot)" * (not drawn)
+    emit({"files": written, "left_out": left_out}, text, as_json=json)
 
 
 def _settings(
@@ -235,15 +240,14 @@ def _settings(
     on_gpu = device == "cuda"
     if threads is not None:
         torch.set_num_threads(threads)
-    with _told():
-        return Settings(
-            device=device,
-            rounds=rounds,
-            max_seconds=max_seconds,
-            scope=scope or ("blocks" if on_gpu else "model"),  # type: ignore[arg-type] # checked there
-            cuda_graphs=on_gpu if cuda_graphs is None else cuda_graphs,
-            profile=profile,
-        )
+    return Settings(
+        device=device,
+        rounds=rounds,
+        max_seconds=max_seconds,
+        scope=scope or ("blocks" if on_gpu else "model"),  # type: ignore[arg-type] # checked there
+        cuda_graphs=on_gpu if cuda_graphs is None else cuda_graphs,
+        profile=profile,
+    )
 
 
 def _gemm(shape: str) -> Gemm:
@@ -258,13 +262,3 @@ def _modes(names: Sequence[str] | None) -> tuple[Mode, ...]:
     if unknown:
         raise ValueError(f"mode must be eager or compiled, got {', '.join(sorted(unknown))}")
     return tuple(mode for mode in BOTH if not names or mode in names)
-
-
-@contextmanager
-def _told() -> Iterator[None]:
-    """A mistake in what was given is a message, not a traceback."""
-    try:
-        yield
-    except (ValueError, ImportError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
