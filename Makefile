@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-host test-all coverage check style docs build benchmark clean
+.PHONY: cards demo test test-slow test-host test-all coverage check style docs build benchmark clean
 
 # torch first and pinned: an unpinned one pulls gigabytes of CUDA packages, also into pip's build environments
 .venv/installed: pyproject.toml constraints.txt
@@ -44,6 +44,9 @@ docs: .venv/installed ## the site in site/, with an error for a broken link; its
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
 	$(BIN)/python docs/generate.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+cards: .venv/installed ## the demo models' cards, measured anew: hub_cards/ with its pictures
+	$(BIN)/python hub_cards/generate.py --measure
 
 build: .venv/installed ## wheel and source distribution in dist/, the wheel built from the latter
 	rm -rf dist

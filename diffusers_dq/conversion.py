@@ -6,7 +6,7 @@ import os
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,8 @@ from diffusers_dq.specs import SPECS, ModelSpec, spec_of, undescribed
 from diffusers_dq.statistics import Statistics
 from diffusers_dq.streaming import unit_moments
 from diffusers_dq.timesteps import TimestepGroups, boundary_table
+
+Module = TypeVar("Module", bound=nn.Module)
 
 _WORTH_A_FILE = 1 << 20  # bytes of a tensor
 
@@ -64,15 +66,15 @@ class Conversion:
         self.correction: NoiseCorrection | None = None
 
     def build(self, name: str, linear: nn.Linear) -> QuantizedLinear:
-        """The layer that is to replace the linear of this name. Raises ValueError where its weight is not finite."""
-        for kind, tensor in linear.named_parameters():
-            if tensor.device.type != "meta" and not all(map(torch.isfinite, tensor.aminmax())):  # NaN is both
-                raise ValueError(
-                    f"{name}.{kind} holds NaN or infinite values and cannot be quantized: load a sound checkpoint, or"
-                    " add it to modules_to_not_convert"
-                )
-        plan = self.plan.linears[name]
-        self.layers[name] = self._built(name, linear, plan)
+        """The layer that is to replace the linear of this name. Raises ValueError where its weight is not finite, or
+        the layer's tables would not be."""
+        _check_weight(name, linear)
+        try:
+            self.layers[name] = _finite(name, self._built(name, linear, self.plan.linears[name]))
+        except ValueError:
+            for other in self.plan.linears:  # the cause may be in one that this one carries a transform for
+                _check_weight(other, self.model.get_submodule(other))
+            raise
         return self.layers[name]
 
     def _built(self, name: str, linear: nn.Linear, plan: LinearPlan) -> QuantizedLinear:
@@ -90,7 +92,8 @@ class Conversion:
             block = f"{argument.block}."
             if not unit or block.startswith(f"{unit}.") or f"{unit}.".startswith(block):
                 modulation = build_modulation(self.model, argument, plan, *self._switching(plan))
-                found[f"{argument.block}.{modulation.layout.leaf}"] = modulation
+                name = f"{argument.block}.{modulation.layout.leaf}"
+                found[name] = _finite(name, modulation)
         return found
 
     @property
@@ -127,7 +130,7 @@ class Conversion:
         exact, quantized = replay.outputs({}), replay.outputs(self._built_so_far)
         pairs = [(timestep, x, y) for (timestep, x), (_, y) in zip(exact, quantized, strict=True)]
         channels = noise_correction.channels_of(exact[0][1], _noise_channels(self.model))
-        self.correction = noise_correction.fit(pairs, channels)
+        self.correction = _finite(noise_correction.NAME, noise_correction.fit(pairs, channels))
 
     def build_all(self, progress: bool) -> None:
         names = [name for name in self.plan.linears if name not in self.layers]
@@ -186,6 +189,27 @@ class Conversion:
             None if self.correction is None else self.correction.to(device),
         )
         return self.config.copy(result=description.to_dict(), statistics=None)
+
+
+def _check_weight(name: str, linear: nn.Module) -> None:
+    for kind, tensor in linear.named_parameters():
+        if tensor.device.type != "meta" and not all(map(torch.isfinite, tensor.aminmax())):  # NaN is both
+            raise ValueError(
+                f"{name}.{kind} holds NaN or infinite values and cannot be quantized: load a sound checkpoint, or"
+                " add it to modules_to_not_convert"
+            )
+
+
+def _finite(name: str, module: Module) -> Module:
+    """The module. Raises ValueError where a tensor of it is not finite: no file of it would be loaded again."""
+    for kind, tensor in (*module.named_parameters(), *module.named_buffers()):
+        held = tensor.is_floating_point() and tensor.numel() and tensor.device.type != "meta"
+        if held and not all(map(torch.isfinite, tensor.aminmax())):
+            raise ValueError(
+                f"{name}.{kind} came out as NaN or infinite: the statistics or their samples hold values that are no"
+                " numbers, or far too large; calibrate again, or add it to modules_to_not_convert"
+            )
+    return module
 
 
 def _noise_channels(model: Any) -> tuple[int, ...]:

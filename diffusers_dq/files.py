@@ -42,21 +42,24 @@ def replacing(target: Path) -> Iterator[Path]:
     """
     place = Path(os.path.realpath(target))
     try:
-        with _workplace(place) as folder:
+        with workplace(place) as folder:
             unfinished = folder / place.name
             yield unfinished
-            _to_disk(unfinished)
+            to_disk(unfinished)
             os.replace(unfinished, place)
     except (SafetensorError, OSError) as error:
         raise OSError(f"cannot write {target}: {error}. What was there before is there still") from error
     with suppress(OSError):  # the file is there; some file systems cannot promise its name
-        _to_disk(place.parent)
+        to_disk(place.parent)
 
 
 @contextmanager
-def _workplace(target: Path) -> Iterator[Path]:
-    """A folder, since safetensors (0.8) writes to a name beside the one it is given. Its lock tells that the writer
-    lives: the system lets go of it however a process ends."""
+def workplace(target: Path) -> Iterator[Path]:
+    """A hidden folder beside `target` for this writer alone, removed with what is left in it; those of writers that
+    were killed are removed too. A folder, since safetensors (0.8) writes to a name beside the one it is given.
+
+    Its lock tells that the writer lives: the system lets go of it however a process ends.
+    """
     start = f".{target.name[:50]}."
     _remove_abandoned(target.parent, start)
     folder = Path(tempfile.mkdtemp(_UNFINISHED, start, target.parent))
@@ -78,7 +81,7 @@ def _remove_abandoned(parent: Path, start: str) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def _to_disk(path: Path) -> None:
+def to_disk(path: Path) -> None:
     """Of a folder, its names: only POSIX systems open one."""
     if path.is_dir() and os.name != "posix":
         return

@@ -5,15 +5,17 @@ Each is allowed where it is exact and refused with a reason where it is not. Gua
 accelerate's are, never of a class.
 """
 
+import inspect
 import re
-import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from diffusers_dq.linear import QuantizedLinear
+from diffusers_dq.saving import save_whole
 
 _LAYERWISE = "_skip_layerwise_casting_patterns"  # where diffusers looks for what enable_layerwise_casting leaves alone
 _CARRIES_NOTHING = "'rtn', 'qdiffusion', 'quarot' or 'qdit'"
@@ -21,7 +23,7 @@ _KNOWN_TUNERS = ("peft.tuners.lora.", "peft.tuners.loha.", "peft.tuners.lokr.")
 
 
 def protect(model: nn.Module, method: str) -> None:
-    """Put the guards on a model that `method` has quantized. They keep none alive: it is freed as any other."""
+    """Put the guards on a model that `method` has quantized."""
     for name in _GUARDS:
         if hasattr(type(model), name) and name not in vars(model):
             setattr(model, name, _Guard(name, model, method))
@@ -81,19 +83,17 @@ class RefuseAdapters:
 
 
 class _Guard:
-    """One guarded method of one model, which it does not keep alive; a copy of the model has guards of its own."""
+    """One guarded method of one model; a copy of the model has guards of its own.
+
+    It holds the model, as a bound method does: in `from_pretrained(...).to("cuda")` nothing else does by the time of the
+    call. The two are a cycle, which Python's collector frees.
+    """
 
     def __init__(self, name: str, model: nn.Module, method: str) -> None:
         self.name = name
         self.method = method
-        self._reference = weakref.ref(model)
-
-    @property
-    def model(self) -> nn.Module:
-        model = self._reference()
-        if model is None:
-            raise ReferenceError(f"the model whose {self.name} this is has been freed")
-        return model
+        self.model = model
+        self.__signature__ = inspect.signature(getattr(type(model), name).__get__(model))  # pipelines read it
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         plain = getattr(type(self.model), self.name)
@@ -124,6 +124,13 @@ def _save_config(model: nn.Module, plain: Callable[..., Any], method: str, *args
     """With the checksum of the weights that are saved next, by which files that do not belong together are noticed."""
     model.hf_quantizer.seal(model)  # type: ignore[operator, union-attr]
     return plain(model, *args, **kwargs)
+
+
+def _save_pretrained(model: nn.Module, plain: Callable[..., Any], method: str, *args: Any, **kwargs: Any) -> None:
+    if kwargs.get("is_main_process", True):
+        save_whole(partial(plain, model), *args, **kwargs)
+    else:
+        plain(model, *args, **kwargs)
 
 
 def _fuse_qkv(model: nn.Module, plain: Callable[..., Any], method: str, *args: Any, **kwargs: Any) -> Any:
@@ -216,6 +223,7 @@ def _why_changed(name: str, layer: QuantizedLinear, method: str) -> str:
 _GUARDS: dict[str, Callable[..., Any]] = {
     "to": _to,
     "save_config": _save_config,
+    "save_pretrained": _save_pretrained,
     "fuse_qkv_projections": _fuse_qkv,
     "fuse_lora": _fuse_lora,
     "load_lora_adapter": _add_adapter,

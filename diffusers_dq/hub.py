@@ -8,6 +8,7 @@ import os
 import re
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import CommitInfo, HfApi, constants
 from huggingface_hub.errors import GatedRepoError, RemoteEntryNotFoundError
 
-from diffusers_dq.cards import GRID, check_publishable, make_card, read_card
+from diffusers_dq.cards import GRID, Card, check_publishable, make_card, read_card
+from diffusers_dq.config import DQMethod
 from diffusers_dq.denoise import DENOISERS, denoiser
 from diffusers_dq.evaluation import Comparison
 from diffusers_dq.repository import explained, fetch, open_repository, send, split_repository
@@ -25,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 README = "README.md"
 _WEIGHTS = "diffusion_pytorch_model*"
+_PIPELINE = "model_index.json"
 _SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/")
 
 
@@ -74,7 +77,7 @@ def push_to_hub(
     private repository is asked for and a public one is there; and as `repository.explained` says.
     """
     is_pipeline = isinstance(pipe_or_transformer, DiffusionPipeline)
-    of_parts, about = _checked(
+    of_parts, about, _ = _checked(
         pipe_or_transformer,
         repo_id,
         comparison=comparison,
@@ -141,10 +144,10 @@ def check_push(
 ) -> str:
     """The user that `push_to_hub` would upload as: raises now, before hours of comparing, what it would raise later.
 
-    Nothing is made on the Hub. A token that may write there may still not write to this repository.
+    Nothing is made on the Hub; a card that is there is read, as it may have to be mended. A token that may write there may still not write to this repository.
     Raises as `push_to_hub` does; PermissionError for a token that may only read.
     """
-    _checked(
+    _, _, card = _checked(
         pipe_or_transformer,
         repo_id,
         comparison=None,
@@ -162,6 +165,8 @@ def check_push(
             f"cannot upload {repo_id}: the token given may only read. Make one with write access at"
             f" {constants.ENDPOINT}/settings/tokens"
         )
+    with suppress(FileNotFoundError):  # no such repository, branch or card yet
+        card.render(fetch(repo_id, README, revision=revision, token=token).read_text(encoding="utf-8-sig"))
     return str(about["name"])
 
 
@@ -174,8 +179,8 @@ def _checked(
     revision: str | None,
     subfolder: str | None,
     **more: Any,
-) -> tuple[dict[str, Statistics], dict[str, Any]]:
-    """(statistics by part, arguments of `make_card`), which were tried: no network."""
+) -> tuple[dict[str, Statistics], dict[str, Any], Card]:
+    """(statistics by part, arguments of `make_card`, the card they make), no network used."""
     parts = check_publishable(pipe_or_transformer)
     if isinstance(pipe_or_transformer, DiffusionPipeline) and subfolder is not None:
         raise ValueError(
@@ -190,8 +195,9 @@ def _checked(
         "subfolder": (subfolder or "").strip("/"),
         **more,
     }
-    make_card(pipe_or_transformer, repo_id, **about).render()
-    return of_parts, about
+    card = make_card(pipe_or_transformer, repo_id, **about)
+    card.render()
+    return of_parts, about, card
 
 
 def _forget_paths(folder: Path) -> None:
@@ -271,7 +277,7 @@ def original(
         return {}
     folder = Path(source)
     if base_model is None and folder.is_dir():
-        top = folder.parent if (folder.parent / "model_index.json").is_file() else folder
+        top = next((place for place in (folder, folder.parent) if (place / _PIPELINE).is_file()), folder)
         found = _metadata_in(top / README) if (top / README).is_file() else {}
         known = found.get("base_model") if found.get("base_model_relation") == "quantized" else None
         source = _quantized_from(top, folder)
@@ -298,8 +304,11 @@ def _quantized_from(top: Path, folder: Path) -> str:
     """The repository on the Hub that was quantized and saved to a folder; "" for one that is not of ours, or of a
     model of this disk."""
     configs = [folder / "config.json", *(top / name / "config.json" for name in DENOISERS)]
-    ours = any(QUANT_METHOD == _config_in(file).get("quantization_config", {}).get("quant_method") for file in configs)
-    names = (_config_in(file).get("_name_or_path") for file in (top / "model_index.json", *configs))
+    ours = any(
+        (_config_in(file).get("quantization_config") or {}).get("quant_method") == DQMethod.DIFFUSERS_DQ
+        for file in configs
+    )
+    names = (_config_in(file).get("_name_or_path") for file in (top / _PIPELINE, *configs))
     return next((_named(name) for name in names if isinstance(name, str) and _named(name)), "") if ours else ""
 
 

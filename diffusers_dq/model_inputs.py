@@ -50,7 +50,11 @@ def moved(value: Any, device: torch.device | str, dtypes: Mapping[torch.dtype, t
 
 
 def timestep_of(sample: ModelInput, name: str) -> Tensor:
-    """Its timesteps, [n] fp32."""
+    """Its timesteps, [n] fp32. Raises ValueError where it has none, as only a damaged file makes it."""
+    if not isinstance(sample.get(name), Tensor | int | float):
+        raise ValueError(
+            f"a sample has no {name}, it has {', '.join(sample)}: the statistics are damaged; calibrate again"
+        )
     return torch.as_tensor(sample[name]).float().reshape(-1)
 
 

@@ -131,6 +131,8 @@ def explained(verb: str, repo_id: str, revision: str | None = None, filename: st
     except EntryNotFoundError as error:
         raise FileNotFoundError(f"cannot {verb} {where}: the repository has no file {filename}") from error
     except HfHubHTTPError as error:
+        if error.response.status_code == 429 or error.response.status_code >= 500:
+            raise _unreachable(verb, where, f"({error.response.status_code})") from error
         message = _refusal(error, verb, where)
         if message is None:
             raise
@@ -153,17 +155,20 @@ def _refusal(error: HfHubHTTPError, verb: str, where: str) -> str | None:
     if status == 403:
         may = "write to it: make one with write access" if verb == "upload" else "read it"
         return f"cannot {verb} {where}: the token given may not {may}, at {_host(error)}/settings/tokens (403)"
+    if status == 413:
+        return f"cannot {verb} {where}: the server takes no file of this size (413); save in smaller shards"
     if status in (409, 412):
         return f"cannot {verb} {where}: someone else changed it in between ({status}); run the same again"
     return None
 
 
-def _unreachable(verb: str, where: str) -> ConnectionError:
+def _unreachable(verb: str, where: str, status: str = "") -> ConnectionError:
+    """status: of an answer that asks to come back later."""
     rest = "; nothing of it is visible yet, and whole files are not uploaded again" * (verb == "upload")
-    return ConnectionError(
-        f"cannot {verb} {where}: {constants.ENDPOINT} cannot be reached, or broke off. Check the network and run the"
-        f" same again{rest}"
-    )
+    state = "cannot be reached, or broke off. Check the network and run the same again"
+    if status:
+        state = f"is busy or limits how often one may ask {status}. Wait some minutes and run the same again"
+    return ConnectionError(f"cannot {verb} {where}: {constants.ENDPOINT} {state}{rest}")
 
 
 def _is_of_transport(error: BaseException | None) -> bool:

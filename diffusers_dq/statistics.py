@@ -321,7 +321,8 @@ class Statistics:
         return {taken: next(p.dtype for p in model.parameters() if p.is_floating_point())}
 
     def check_finite(self) -> None:
-        """Raises ValueError that names the first step, and in it the first site, whose extremes are not numbers."""
+        """Raises ValueError that names the first step, and in it the first site, whose extremes are not numbers; or a
+        site whose sampled tokens are none."""
         first = len(self.timesteps), ""
         for name, site in self.sites.items():
             unvisited = torch.isposinf(site.minimum) & torch.isneginf(site.maximum)
@@ -332,6 +333,9 @@ class Statistics:
         step, name = first
         if name:
             raise not_finite(name, step, float(self.timesteps[step]))
+        for name, site in self.sites.items():
+            if site.tokens.numel() and not all(map(torch.isfinite, site.tokens.aminmax())):  # NaN is both
+                raise ValueError(f"the tokens sampled of {name} hold NaN or infinite values: calibrate again")
 
     def check_model(self, model: nn.Module) -> None:
         """Raises ValueError unless the statistics were taken on this architecture with these weights."""
@@ -339,6 +343,9 @@ class Statistics:
         if known != type(model).__name__:
             raise ValueError(f"the statistics are of a {known}, the model is a {type(model).__name__}: calibrate it")
         fingerprint = fingerprint_of(model)
+        matrices = sum(p.ndim >= 2 and p.is_floating_point() for p in model.parameters())
+        if len(self.fingerprint) == 4 * -(-matrices // max(1, -(-matrices // _FINGERPRINT_TENSORS))):
+            fingerprint = fingerprint[: len(self.fingerprint)]  # as earlier versions took it, of matrices only
         if fingerprint.shape != self.fingerprint.shape:
             raise ValueError(
                 f"the statistics are of a {known} of another size ({len(self.fingerprint)} fingerprint values, this"
@@ -350,6 +357,15 @@ class Statistics:
                 f"the statistics were taken on a {known} with other weights than this one's: calibrate this"
                 " checkpoint, or load the one the statistics belong to"
             )
+        modules = dict(model.named_modules())
+        for name, site in self.sites.items():
+            for linear in site.linears:
+                width = getattr(modules.get(linear), "in_features", site.minimum.shape[1])
+                if width != site.minimum.shape[1]:
+                    raise ValueError(
+                        f"the statistics of {name} are of {site.minimum.shape[1]} channels, {linear} reads {width}:"
+                        " calibrate this model"
+                    )
 
 
 def _check_groups(parts: Sequence[Statistics]) -> None:
@@ -381,6 +397,9 @@ def _check_header(path: str | os.PathLike[str], header: Mapping[str, Any]) -> No
     for key, kind in (("model_class", str), ("dtype", str), ("seed", int), ("calls_done", int), ("descending", bool)):
         if key in about and type(about[key]) is not kind:
             raise ValueError(f"the header of {path} is damaged: {key} is {about[key]!r}, {kind.__name__} is expected")
+    done, calls = about.get("calls_done", 0), about.get("calls")
+    if done < 0 or (isinstance(calls, int) and done > calls):
+        raise ValueError(f"the header of {path} is damaged: {done} calls are done of {calls!r}; calibrate again")
 
 
 def _check_tensors(statistics: Statistics) -> None:
@@ -390,6 +409,9 @@ def _check_tensors(statistics: Statistics) -> None:
     _check_tensor("fingerprint", statistics.fingerprint, torch.float32, (statistics.fingerprint.numel(),))
     if not steps or not torch.isfinite(statistics.timesteps).all():
         raise ValueError(f"its {steps} timesteps are not one number or more")
+    rises = statistics.timesteps.diff() > 0
+    if not (rises.all() or not rises.any() and (statistics.timesteps.diff() < 0).all()):
+        raise ValueError("its timesteps neither fall nor rise from each to the next")
     for name, site in statistics.sites.items():
         channels, kept = (
             site.minimum.shape[-1] if site.minimum.ndim else 0,
@@ -447,12 +469,17 @@ def _located(
 
 
 def fingerprint_of(model: nn.Module) -> Tensor:
-    """Four values each of up to 256 matrices spread over the model, [1024 at most] fp32: the same in any float dtype
-    up to its rounding."""
-    matrices = [p for _, p in sorted(model.named_parameters()) if p.ndim >= 2 and p.is_floating_point()]
-    stride = max(1, -(-len(matrices) // _FINGERPRINT_TENSORS))
+    """Four values each of up to 256 matrices spread over the model, then of up to 256 biases, tables of norms and the
+    like, [2048 at most] fp32: the same in any float dtype up to its rounding."""
+    floating = [p for _, p in sorted(model.named_parameters()) if p.is_floating_point() and p.numel()]
+    matrices, vectors = [p for p in floating if p.ndim >= 2], [p for p in floating if p.ndim < 2]
+    return torch.cat([_sampled(matrices), _sampled(vectors)])
+
+
+def _sampled(parameters: Sequence[Tensor]) -> Tensor:
+    stride = max(1, -(-len(parameters) // _FINGERPRINT_TENSORS))
     samples = []
-    for parameter in matrices[::stride]:
+    for parameter in parameters[::stride]:
         flat = parameter.detach().flatten()
         places = torch.linspace(0, flat.numel() - 1, 4, dtype=torch.float64).long()
         samples.append(flat[places.to(flat.device)].float().cpu())

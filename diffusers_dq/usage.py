@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
 
 _SAMPLES = "https://huggingface.co/datasets/huggingface/documentation-images/resolve/main/diffusers"
@@ -46,14 +47,18 @@ def pipeline_tag(kind: type) -> str | None:
 
 
 def output_field(kind: type) -> str:
-    """The field of the output that is to be saved; "" where the call's code names no output with such a field."""
-    call = inspect.unwrap(kind.__call__)
-    named = (call.__globals__.get(name) for name in call.__code__.co_names)
-    for output in named:
-        if isinstance(output, type) and issubclass(output, BaseOutput) and is_dataclass(output):
-            found = [field.name for field in fields(output) if field.name in _SAVED]
-            if found:
-                return found[0]
+    """The field of the output that is to be saved; "" where neither the call's code nor that of the class's other
+    functions names an output with such a field."""
+    own = kind.__mro__[: kind.__mro__.index(DiffusionPipeline)]
+    helpers = [part for owner in own for part in vars(owner).values() if inspect.isfunction(part)]
+    functions: list[Any] = [kind.__call__, *helpers]
+    for function in map(inspect.unwrap, functions):
+        for name in function.__code__.co_names:
+            output = function.__globals__.get(name)
+            if isinstance(output, type) and issubclass(output, BaseOutput) and is_dataclass(output):
+                found = [field.name for field in fields(output) if field.name in _SAVED]
+                if found:
+                    return found[0]
     return ""
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command `diffusers-dq`: names and summaries, and what is common to all commands.
 
-A package of its own, since `import diffusers_dq` imports torch and diffusers: help and completion of names need
+A package of its own, since `import diffusers_dq` imports torch and diffusers: the list of commands and completion need
 neither. The module of a command is imported when that command is called.
 
 Exit codes: 0 done; 1 an error, one line of which is on stderr; 2 the command was written wrongly; 130 Ctrl-C.
@@ -12,10 +12,13 @@ import importlib
 import inspect
 import os
 from collections.abc import Callable
+from importlib import metadata
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
+
+from diffusers_dq_cli.completion import COMPLETING, listed
 
 INTERRUPTED = 130  # 128 and the number of SIGINT, as shells count
 _PACKAGE = "diffusers_dq.commands"
@@ -46,11 +49,20 @@ app = typer.Typer(
 )
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(metadata.version("diffusers-dq"))
+        raise typer.Exit
+
+
 @app.callback()
 def root(
     context: typer.Context,
     traceback: Annotated[
         bool, typer.Option("--traceback", help="where an error comes from, not its line alone")
+    ] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="of the package", callback=_version, is_eager=True)
     ] = False,
 ) -> None:
     context.obj = {"traceback": traceback}
@@ -60,6 +72,8 @@ class Later(TyperCommand):
     """Stands for a command in the list; becomes it when it is called, completed or asked for help."""
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        if COMPLETING in os.environ:
+            return listed(str(self.name)).make_context(info_name, args, parent=parent, **extra)
         traceback = bool(((parent and parent.obj) or {}).get("traceback"))
         return load(str(self.name), traceback).make_context(info_name, args, parent=parent, **extra)
 

@@ -137,7 +137,8 @@ def build(pair: Pair) -> Any:
             raise gr.Error(str(error)) from error
         return shown.reference, shown.quantized, shown.difference, shown.summary
 
-    with gr.Blocks(title="diffusers_dq", analytics_enabled=False) as page:
+    hour = 3600  # pictures are files of the server: without an end they would fill its disk
+    with gr.Blocks(title="diffusers_dq", analytics_enabled=False, delete_cache=(hour, hour)) as page:
         gr.Markdown(f"# Full precision and quantized\n{pair.title}: the same seed in both.")
         with gr.Row():
             if pair.labels:

@@ -3,21 +3,23 @@
 
 import importlib.util
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
-import diffusers
 import numpy as np
 import pytest
 import yaml
 from diffusers import DiTPipeline
+from huggingface_hub import ModelCard
 from support import tiny_pipeline
 
 import diffusers_dq as dq
-from diffusers_dq.cards import Card, make_card, pipeline_tag, recipe_source
+from diffusers_dq.cards import Card, integers_of, make_card, read_card, recipe_source
+from diffusers_dq.commands import doctor
 from diffusers_dq.evaluation import Comparison
 from diffusers_dq.hub import original
-from diffusers_dq.opensora import OpenSoraPipeline
 
 ROOT = Path(__file__).parents[1]
 CARDS = ROOT / "hub_cards"
@@ -99,8 +101,6 @@ def test_calibration_without_the_values_of_arguments(pipe, dit_statistics):
 
 
 def test_statistics_of_another_model_are_refused(pipe, dit_statistics):
-    from dataclasses import replace
-
     foreign = replace(dit_statistics, about={**dit_statistics.about, "model_class": "FluxTransformer2DModel"})
     with pytest.raises(ValueError, match="are of a FluxTransformer2DModel, not DiTTransformer2DModel"):
         make_card(pipe, "user/tiny", statistics={"transformer": foreign})
@@ -119,27 +119,6 @@ def test_the_recipe_is_python_that_makes_the_configuration(config):
     assert eval(recipe_source(config), {"dq": dq}) == config
 
 
-@pytest.mark.parametrize(
-    "kind, tag",
-    [
-        ("DiTPipeline", "unconditional-image-generation"),
-        ("PixArtSigmaPipeline", "text-to-image"),
-        ("FluxPipeline", "text-to-image"),
-        ("FluxImg2ImgPipeline", "image-to-image"),
-        ("FluxKontextPipeline", "image-to-image"),
-        ("WanPipeline", "text-to-video"),
-        ("WanImageToVideoPipeline", "image-to-video"),
-        ("WanVideoToVideoPipeline", "video-to-video"),
-        ("CogVideoXPipeline", "text-to-video"),
-        ("LattePipeline", "text-to-video"),
-        (OpenSoraPipeline, "text-to-video"),
-    ],
-)
-def test_pipeline_tags(kind, tag):
-    kind = getattr(diffusers, kind) if isinstance(kind, str) else kind
-    assert pipeline_tag(kind.__new__(kind)) == tag
-
-
 def test_tags_and_where_it_comes_from(pipe):
     base = {"license": "other", "license_name": "own", "base_model": "lab/original", "tags": ["theirs"]}
     found = metadata_of(make_card(pipe, "user/tiny", base=base, metadata={"tags": ["mine"]}).render())
@@ -156,10 +135,133 @@ def test_what_is_not_known_is_left_out(pipe):
     assert "Not stated here. That of the original model applies" in text and "huggingface.co" not in text
 
 
-@pytest.mark.parametrize("call, reason", [({"prompt": "x"}, "does not take"), ({"class_labels": {1}}, "literals")])
+@pytest.mark.parametrize(
+    "call, reason",
+    [
+        ({"prompt": "x"}, "does not take"),
+        ({"class_labels": {1}}, "literals"),
+        ({"class_labels": [0], "guidance_scale": float("inf")}, "literals"),
+    ],
+)
 def test_an_example_that_cannot_be_written_is_refused(pipe, call, reason):
     with pytest.raises(ValueError, match=reason):
         make_card(pipe, "user/tiny", call=call)
+
+
+def test_what_multiplies_in_integers_is_said_by_layer(pipe, dit_folder):
+    part = make_card(pipe, "user/tiny").parts[0]
+    products = sum(layer["count"] for layer in part["layers"] if layer["bits"] == "W4A8")
+    assert 0 < products < part["quantized"] < part["linears"]  # the tiny model has all three kinds
+    text = make_card(pipe, "user/tiny").render()
+    assert (
+        f"weights of {part['quantized']} of its {part['linears']} linears are kept as integers; {products} of" in text
+    )
+    other = DiTPipeline.from_pretrained(dit_folder)
+    dq.quantize(other, dq.DQConfig("rtn", activation_bits=16), progress=False)
+    text = make_card(other, "user/tiny").render()
+    assert "are kept as integers; all of them multiply in floating point." in text and "linear_w8a16" in text
+    assert "| kernel |" in text and "runs on integers" not in text and "integer product" not in text
+
+
+def test_integers_of_attention_and_of_integers_alone():
+    layers = [{"op": "linear_w8a8", "count": 3}, {"op": "attention_int8", "count": 2}]
+    assert integers_of([{"linears": 4, "quantized": 3, "layers": layers}]) == (
+        "The weights of 3 of its 4 linears are kept as integers; all of them multiply in integers."
+        " 2 attentions multiply in int8."
+    )
+
+
+def test_the_hardware_is_what_doctor_names(pipe):
+    assert make_card(pipe, "user/tiny").hardware == doctor.name_of("cpu")
+
+
+@pytest.mark.parametrize(
+    "given, shown",
+    [
+        (
+            ["lab/a", "lab/b"],
+            "[lab/a](https://huggingface.co/lab/a) and [lab/b](https://huggingface.co/lab/b), quantized",
+        ),
+        (["lab/a"], "\n[lab/a](https://huggingface.co/lab/a), quantized"),
+        ("a](x) <b>", "\na](x) &lt;b>, quantized"),
+    ],
+)
+def test_originals(pipe, given, shown):
+    for card, there in (
+        (make_card(pipe, "user/tiny", base={"base_model": given}), None),
+        (make_card(pipe, "user/tiny"), f"---\n{yaml.safe_dump({'base_model': given})}---\n"),
+    ):
+        assert shown in card.render(there)
+
+
+@pytest.mark.parametrize(
+    "metadata, shown",
+    [
+        ({"license": ["mit", "apache-2.0"]}, "mit, apache-2.0."),
+        ({"license": "other", "license_name": "<!-- own", "license_link": "L\nM"}, "&lt;!-- own: L M."),
+        ({"license": 2}, "2."),
+    ],
+)
+def test_licences(pipe, metadata, shown):
+    text = make_card(pipe, "user/tiny", base=metadata).render()
+    assert (
+        text.split("## Licence\n\n")[1].startswith(f"{shown}\n<!--")
+        and metadata_of(text)["license"] == metadata["license"]
+    )
+
+
+# Names and texts that would be markup
+
+EVIL = "x | `y` <b> {{ 7 * 7 }} {% raw %}\n---\nevil: 1\n```\n<!-- diffusers_dq: end -->"
+
+
+def evil_card(pipe) -> Card:
+    card = make_card(
+        pipe,
+        "user/tiny",
+        comparison=replace(comparison(), layer_snr={EVIL: np.array([1.0])}),
+        metadata={"owner": EVIL},
+    )
+    part = dict(card.parts[0])
+    part["kept"] = [{"reason": EVIL, "count": 1, "names": [EVIL]}]
+    part["notes"] = [{"reason": EVIL, "count": 1, "names": [EVIL]}]
+    part["layers"] = [{"bits": EVIL, "activation": EVIL, "op": EVIL, "count": 1, "bytes": 1}]
+    described = dict(model=EVIL, pipeline=EVIL, scheduler=EVIL, steps=2, calls=1, arguments=[EVIL], seed=0, dtype=EVIL)
+    return replace(
+        card,
+        title=EVIL,
+        hardware=EVIL,
+        versions={EVIL: EVIL},
+        parts=[part],
+        calibration={"transformer": {**described, "timesteps": [1.0, 0.0]}},
+    )
+
+
+def test_texts_cannot_be_markup(pipe):
+    card = evil_card(pipe)
+    text = card.render()
+    found, body = read_card(text)
+    assert found["owner"] == EVIL and "evil" not in found and ModelCard(text).data.to_dict()["owner"] == EVIL
+    assert body.count("<!--") == 2 and body.count(card.end) == 1 and "<b>" not in re.sub(r"`[^`\n]*`", "", body)
+    assert "49" not in body.replace("{{ 7 * 7 }}", "") and body.count("{{ 7 * 7 }}") > 10  # rendered once, not twice
+    assert body.count("\n```") == 4  # two blocks of code: none is ended from within
+    for line in body.splitlines():
+        if line.startswith("|"):
+            cells = len(re.findall(r"(?<!\\)\|", line)) - 1
+            assert cells in (2, 3, 5), line  # of the tables of calibration, quality and layers
+    assert card.render(text) == text
+
+
+def test_a_table_shows_what_was_meant(pipe):
+    card = make_card(pipe, "user/tiny")
+    part = {**card.parts[0], "layers": [{"bits": "a|b\n<c>", "activation": "d", "op": "e|f", "count": 1, "bytes": 1}]}
+    assert "| 1 | a\\|b &lt;c> | d | `e\\|f` | 1 |" in replace(card, parts=[part]).render()
+
+
+def test_a_setting_cannot_end_the_section(pipe):
+    config = dq.DQConfig("rtn", modules_to_not_convert=["<!-- diffusers_dq: end -->"])
+    source = recipe_source(config)
+    assert "<!--" not in source and eval(source, {"dq": dq}) == config
 
 
 # Where it comes from, without a Hub
@@ -211,6 +313,54 @@ def test_a_card_that_cannot_be_read_is_not_overwritten(pipe):
         make_card(pipe, "user/tiny").render("---\nlicense: [mit\n---\n# Mine\n")
 
 
+@pytest.mark.parametrize(
+    "damage, counts",
+    [
+        (lambda text, card: text.replace(card.end, ""), "is there 1 times and .* 0 times"),
+        (lambda text, card: text.replace(card.begin, ""), "is there 0 times and .* 1 times"),
+        (lambda text, card: text + text[text.index(card.begin) :], "is there 2 times and .* 2 times"),
+        (lambda text, card: text + card.end, "is there 1 times and .* 2 times"),
+        (lambda text, card: text.replace(card.begin, "@").replace(card.end, card.begin).replace("@", card.end), "1 t"),
+    ],
+    ids=["no end", "no begin", "two of each", "two ends", "turned round"],
+)
+def test_damaged_markers_are_refused_and_nothing_is_lost(pipe, damage, counts):
+    card = make_card(pipe, "user/tiny")
+    text = damage(card.render("---\nlicense: mit\n---\n# Mine\n"), card) + "\nPEOPLE TEXT\n"
+    with pytest.raises(ValueError, match=rf"README\.md in user/tiny: the markers .*{counts}.*remove both with"):
+        card.render(text)
+
+
+@pytest.mark.parametrize("tags, kept", [("[1, art]", ["1", "art"]), ("art", ["art"]), ("", []), ("[w8a8]", [])])
+def test_tags_of_any_kind(pipe, tags, kept):
+    found = metadata_of(make_card(pipe, "user/tiny").render(f"---\ntags: {tags}\n---\n# Mine\n"))["tags"]
+    assert found == [*kept, "diffusers_dq", "quantized", "method:htg", "w4a8"]
+
+
+def test_metadata_that_the_hubs_client_cannot_parse_is_kept(pipe):
+    index = [{"name": "m", "results": "to come"}]
+    theirs = f"---\n{yaml.safe_dump({'model-index': index, 'date': 2024})}---\n# Mine\n"
+    found = metadata_of(make_card(pipe, "user/tiny").render(theirs))
+    assert found["model-index"] == index and found["date"] == 2024
+
+
+@pytest.mark.parametrize("text", ["", "---\n---\n", "\ufeff---\nlicense: mit\n---", "---\r\nlicense: mit\r\n---\r\n"])
+def test_a_card_without_text(pipe, text):
+    card = make_card(pipe, "user/tiny")
+    assert card.render(text) == card.render("---\nlicense: mit\n---\n" if "mit" in text else None)
+
+
+@pytest.mark.parametrize("text", ["---\n- a\n---\n", "---\ntext\n---\n", "---\n{}: }\n---\n"])
+def test_metadata_that_is_no_mapping_is_refused(pipe, text):
+    with pytest.raises(ValueError, match="metadata cannot be read"):
+        make_card(pipe, "user/tiny").render(text)
+
+
+def test_metadata_that_cannot_be_written_is_refused(pipe):
+    with pytest.raises(ValueError, match="metadata must be texts"):
+        make_card(pipe, "user/tiny", metadata={"owner": Path("x")}).render()
+
+
 # The demo models' cards
 
 
@@ -218,7 +368,7 @@ def test_the_template_is_in_the_package_and_in_hub_cards():
     assert (CARDS / "template.md").resolve() == ROOT / "diffusers_dq" / "card_template.md"
 
 
-@pytest.mark.parametrize("name", ["htg-w8a8", "htg-w4a8", "quality-w8a8"])
+@pytest.mark.parametrize("name", ["htg-w8a8", "htg-w4a8", "quality-w8a8", "quality-w4a8"])
 def test_the_demo_cards_are_what_is_generated(generate, name):
     assert name in generate.RECIPES
     folder = generate.folder_of(name)
@@ -231,10 +381,11 @@ def test_every_demo_card_is_one_of_the_recipes(generate):
 
 
 @pytest.mark.slow
-def test_a_demo_card_is_measured_again(generate):
+@pytest.mark.parametrize("name", ["htg-w4a8", "quality-w4a8"])
+def test_a_demo_card_is_measured_again(generate, name):
     """Figures move with the machine's sums; what the recipe decides does not."""
-    card, _ = generate.measured("htg-w4a8", generate.calibrated())
-    known = Card(**json.loads((generate.folder_of("htg-w4a8") / "card.json").read_text(encoding="utf-8")))
+    card, _ = generate.measured(name, generate.calibrated())
+    known = Card(**json.loads((generate.folder_of(name) / "card.json").read_text(encoding="utf-8")))
     assert abs(float(card.comparison["psnr"]) - float(known.comparison["psnr"])) < 1.0
-    for name in ("metadata", "call", "parts", "calibration", "notes", "dtype", "grid"):
-        assert getattr(card, name) == getattr(known, name)
+    for key in ("metadata", "call", "inputs", "returns", "parts", "calibration", "notes", "dtype", "grid"):
+        assert getattr(card, key) == getattr(known, key)

@@ -178,8 +178,30 @@ def test_help_and_completion_of_names_import_neither_torch_nor_diffusers():
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
     assert "typer" in imported, "the list of imports is there"
     assert not imported & {"torch", "diffusers", "diffusers_dq", "numpy", "transformers"}
-    complete = {"_DIFFUSERS_DQ_COMPLETE": "complete_bash", "COMP_WORDS": "diffusers-dq qu", "COMP_CWORD": "1"}
-    assert outside([], **complete).stdout.split() == ["quantize"]
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("qu", ["quantize"]),
+        ("quantize model --me", ["--method"]),
+        ("quantize model --method q", ["qdiffusion", "qdit", "quarot"]),
+        ("quantize model --preset ", ["quality", "balanced", "speed", "paper"]),
+        ("generate model --dtype b", ["bfloat16"]),
+        ("push model me/name --pu", ["--public"]),
+        ("benchmark st", ["step"]),
+        ("benchmark step --cont", ["--contestant"]),
+    ],
+)
+def test_completion_of_names_options_and_values_without_torch(line, offered):
+    words = ["diffusers-dq", *line.split(" ")]
+    told = {"COMP_WORDS": " ".join(words), "COMP_CWORD": str(len(words) - 1)}
+    code = "import sys; sys.modules['torch'] = None; from diffusers_dq_cli import app; app(prog_name='diffusers-dq')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120,
+        env={**os.environ, "_DIFFUSERS_DQ_COMPLETE": "complete_bash", **told},
+    )  # fmt: skip
+    assert done.stdout.split() == offered, done.stderr
 
 
 def test_every_command_can_be_loaded_and_says_what_it_does():
@@ -189,27 +211,27 @@ def test_every_command_can_be_loaded_and_says_what_it_does():
     for name in COMMANDS:
         text = " ".join(run(name, "--help").split())
         assert f"Usage: diffusers-dq {name}" in text and "--help" in text
-    summaries = {name: " ".join(load(name).help.split()) for name in COMMANDS if name not in ("evaluate", "benchmark")}
+    summaries = {name: " ".join(load(name).help.split()) for name in COMMANDS if name != "evaluate"}
     assert {name: text for name, text in summaries.items() if not text.startswith(COMMANDS[name][1])} == {}
 
 
 def test_options_of_one_meaning_have_one_name_and_one_help():
     options = {}
-    for name in ("calibrate", "quantize", "generate", "compare", "push", "inspect"):
-        for parameter in load(name).params:
-            if parameter.name in (
-                "prompt",
-                "prompts",
-                "class_labels",
-                "calls",
-                "steps",
-                "seed",
-                "device",
-                "dtype",
-                "json",
-            ):
-                options.setdefault(parameter.name, set()).add((*parameter.opts, parameter.help))
-    assert options and all(len(found) == 1 for found in options.values()), options
+    own = {"output", "checkpoint", "model"}  # a file, a folder
+    for name in COMMANDS:
+        for parameter in getattr(load(name), "params", ()):
+            if parameter.param_type_name == "option" and parameter.name not in own:
+                options.setdefault(parameter.name, {}).setdefault((*parameter.opts, parameter.help), []).append(name)
+    several = {name: found for name, found in options.items() if len(found) > 1}
+    assert len(options) > 30 and several.keys() <= {"seed", "batch", "steps", "images"}, several
+    assert all(opts[0].startswith("--") for found in options.values() for *opts, _ in found)
+
+
+def test_every_command_but_none_answers_in_json():
+    for name in COMMANDS:
+        command = load(name)
+        for part in getattr(command, "commands", {name: command}).values():
+            assert "--json" in {opt for parameter in part.params for opt in parameter.opts}, part.name
 
 
 @pytest.mark.parametrize(

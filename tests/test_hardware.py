@@ -55,7 +55,7 @@ def test_whoever_notes_the_hardware_notes_the_same(cpuinfo):
         provenance("cpu")["hardware"],
         environment.about("cpu")["hardware"],
         doctor._devices()["cpu"]["name"],
-        cards._hardware(torch.device("cpu")),
+        cards.name_of("cpu"),
     ]
     assert names == ["A 9: fast"] * 4
 

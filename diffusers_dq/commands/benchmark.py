@@ -23,6 +23,7 @@ from diffusers_dq.benchmark.step import step_part
 from diffusers_dq.benchmark.variants import VARIANTS
 from diffusers_dq.commands.console import emit, note
 from diffusers_dq.commands.options import Json
+from diffusers_dq.hardware import CHECKOUT
 
 app = typer.Typer(no_args_is_help=True, help="Speed and size against full precision and the peers.")
 
@@ -212,7 +213,7 @@ def write_report(
 ) -> None:
     """Writes the tables of kernels/README.md and the plot from the results files."""
     folder = results or environment.results_folder()
-    readme = readme or environment.CHECKOUT / "kernels" / "README.md"
+    readme = readme or CHECKOUT / "kernels" / "README.md"
     found, left_out = report.load_all(folder)
     if not found:
         reasons = "".join(f"; {name} {reason}" for name, reason in left_out.items())

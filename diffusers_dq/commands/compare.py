@@ -25,7 +25,7 @@ from diffusers_dq.commands.options import (
 )
 from diffusers_dq.denoise import denoiser
 from diffusers_dq.evaluation.comparison import Comparison
-from diffusers_dq.evaluation.loading import check_pipeline, load_pipeline
+from diffusers_dq.evaluation.loading import load_pipeline, pipeline_folder
 from diffusers_dq.evaluation.plots import quality_against_size, save_figure
 from diffusers_dq.statistics import Statistics
 
@@ -55,7 +55,7 @@ def compare(
     names = _names(quantized)
     check_folder(output, overwrite=overwrite)
     for model in (reference, *quantized):
-        check_pipeline(model)
+        pipeline_folder(model)  # all are there, before hours of work on the first
     observed = Statistics.load(statistics) if statistics is not None else None
     place = device_of(device)
     pipe = load_pipeline(reference, dtype, place)

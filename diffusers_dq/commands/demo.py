@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 import diffusers_dq as dq
 from diffusers_dq.commands.console import check_folder, device_of, emit
-from diffusers_dq.commands.options import Device, Json, Overwrite, Seed
+from diffusers_dq.commands.options import Device, Json, OutputFolder, Overwrite, Seed
 from diffusers_dq.denoise import quiet, run_call
 from diffusers_dq.evaluation.loading import load_pipeline
 from diffusers_dq.evaluation.metrics import Array, optional, psnr, ssim
@@ -40,7 +40,7 @@ class _Result:
 
 
 def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER")] = Path("demo_output"),
+    output: OutputFolder = Path("demo_output"),
     model: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="the demo model; by default the one in the package")
     ] = None,

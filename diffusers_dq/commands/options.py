@@ -17,7 +17,7 @@ from diffusers_dq.denoise import DENOISERS
 from diffusers_dq.evaluation.loading import DTYPES, class_labels, read_prompts
 from diffusers_dq.presets import OURS
 
-_MODEL = "folder of a pipeline, or its name on the Hub"
+_MODEL = "folder of a pipeline, or OWNER/NAME[@REVISION] on the Hub"
 _OWN_OPTIONS = {
     "prompt": "--prompt",
     "class_labels": "--class-labels",
@@ -249,10 +249,9 @@ def _number_of_classes(pipe: DiffusionPipeline) -> int | None:
 
 
 def _spread(pipe: DiffusionPipeline) -> list[int]:
-    classes = _number_of_classes(pipe) or len(class_labels(pipe, None))
-    if not classes:
+    named = class_labels(pipe, None)
+    if not named:
         raise typer.BadParameter(f"say what {type(pipe).__name__} is to make: --class-labels")
-    named = class_labels(pipe, None) or range(classes)
     return [int(named[i * len(named) // _DEFAULT_LABELS]) for i in range(_DEFAULT_LABELS)]
 
 

@@ -15,30 +15,39 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def load_pipeline(model: str, dtype: str, device: str) -> DiffusionPipeline:
-    """Raises ValueError and as `check_pipeline`, in one line, where there is no such pipeline."""
+    """model: a folder, or OWNER/NAME[@REVISION] on the Hub.
+
+    Raises ValueError and as `pipeline_folder`, in one line, where there is no such pipeline.
+    """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    check_pipeline(model)
+    kind = pipeline_class(pipeline_folder(model))
+    source, revision = (None if Path(model).exists() else split_repository(model)) or (model, None)
     try:
-        pipe = pipeline_class(model).from_pretrained(model, dtype=DTYPES[dtype])
+        pipe: DiffusionPipeline = kind.from_pretrained(source, revision=revision, dtype=DTYPES[dtype])
     except OSError as error:
         reason = str(error).strip().splitlines()[0][:200]
         raise ValueError(f"the pipeline {model} cannot be loaded: {reason}") from error
     return pipe.to(device)
 
 
-def check_pipeline(model: str) -> None:
-    """Raises ValueError, FileNotFoundError, PermissionError, ConnectionError where no pipeline is there, in a folder
-    or on the Hub. Loads nothing but its list of parts."""
+def pipeline_folder(model: str) -> Path:
+    """Where its list of parts is: the folder itself, or one of the Hub's cache, with nothing else of it downloaded.
+
+    Raises ValueError, FileNotFoundError, PermissionError, ConnectionError where no pipeline is there.
+    """
     folder = Path(model)
-    if folder.exists() and not (folder / _PARTS).is_file():
-        raise ValueError(f"{model} holds no {_PARTS}; give a folder that pipe.save_pretrained wrote")
-    if not folder.exists():
-        if split_repository(model) is None or model.count("@"):
-            raise ValueError(
-                f"there is no folder {model}; give the folder of a pipeline or its name on the Hub, owner/name"
-            )
-        fetch(model, _PARTS)
+    if folder.exists():
+        if not (folder / _PARTS).is_file():
+            raise ValueError(f"{model} holds no {_PARTS}; give a folder that pipe.save_pretrained wrote")
+        return folder
+    repository = split_repository(model)
+    if repository is None:
+        raise ValueError(
+            f"there is no folder {model}; give the folder of a pipeline or its name on the Hub, owner/name"
+        )
+    name, revision = repository
+    return fetch(name, _PARTS, revision=revision).parent
 
 
 def class_labels(pipe: DiffusionPipeline, classes: int | None) -> Sequence[int]:

@@ -31,6 +31,7 @@ _CLEAR = (255, 255, 255, 0)  # white, for a reader that drops the transparency
 _TILE = 128  # pixels that the longer side of a small picture is brought to
 _GAP = 6
 _MARGIN = 12
+_PLACES = [(x, y) for y in (0, -10, 10, -16, 16, -24, 24) for x in (8, -8)]  # of a label beside its point; 1/72 inch
 
 
 def image_grid(rows: Mapping[str, Pictures], *, captions: Sequence[str] = ()) -> Image.Image:
@@ -143,8 +144,9 @@ def activation_ranges(
     """What activations do over the timesteps, and where a quantized model changes its parameters, as a matplotlib
     Figure: a row an activation, from noise on the left to the picture on the right.
 
-    Left, as HTG's figure 1: the range of all channels, and middle and range (dotted) of the three whose middle moves
-    most. Right, as PTQ4DiT's figure 4: how max |x| is spread over the channels, and the three largest, on a
+    Left, as HTG's figure 1: from the lowest minimum of a channel to the highest maximum, from the 5th percentile of
+    the minima to the 95th of the maxima, and middle, minimum and maximum (dotted) of the three channels whose middle
+    moves most. Right, as PTQ4DiT's figure 4: how max |x| is spread over the channels, and the three largest, on a
     logarithmic axis.
     model: a quantized transformer; dashed lines are the group boundaries of the linears that read the activation,
         numbers their groups from noise on.
@@ -177,11 +179,13 @@ def activation_ranges(
         panels[0, 0].invert_xaxis()
     for column, title in zip(panels.T, ("range of channels", "max |x| of a channel"), strict=True):
         column[-1].set_xlabel("timestep, from noise to picture", fontsize=8)
+        handles: dict[str, Any] = {}
         for axes in column:
             axes.set_ylabel(title, fontsize=8)
-        handles = {label: handle for axes in column for handle, label in zip(*axes.get_legend_handles_labels())}  # noqa: B905
+            drawn, labels = axes.get_legend_handles_labels()
+            handles |= dict(zip(labels, drawn, strict=True))
         column[-1].legend(
-            handles.values(), handles.keys(), fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.3), ncols=3,
+            handles.values(), handles.keys(), fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.3), ncols=2,
             frameon=False, labelcolor=_INK_NAME, columnspacing=1.2,
         )  # fmt: skip
     return figure
@@ -213,25 +217,23 @@ def quality_against_size(points: Mapping[str, tuple[int, float]], *, reference_b
         *zip(*front, strict=True), color=_INK_NAME, linewidth=1, linestyle=":", alpha=0.7, drawstyle="steps-post",
         label="no other beats these",
     )  # fmt: skip
-    sizes = [size for size, _ in drawn.values()]
-    middle = (min(sizes) + max(sizes)) / 2
+    texts = {}
     for i, (label, (size, decibels)) in enumerate(drawn.items()):
         equal = not np.isfinite(points[label][1])
         axes.plot(size, decibels, "^" if equal else "o", color=f"C{i % 10}", markersize=8, label="_")
-        text = f"{label}: equal pictures" if equal else f"{label}: {decibels:.1f} dB"
-        left = size > middle
-        axes.annotate(
-            text, (size, decibels), xytext=(-8 if left else 8, -9), textcoords="offset points", fontsize=8,
-            color=_INK_NAME, ha="right" if left else "left", va="center",
-        )  # fmt: skip
-    axes.margins(x=0.12 if len(drawn) > 1 else 0.5, y=0.15)
+        texts[f"{label}: equal pictures" if equal else f"{label}: {decibels:.1f} dB"] = (size, decibels)
+    sizes = [size for size, _ in drawn.values()]
+    spread = max(sizes) - min(sizes) or 0.2 * max(sizes)
+    axes.set_xlim(min(sizes) - 0.1 * spread, max(sizes) + 0.5 * spread)  # room for a label on the right
+    axes.margins(y=0.15)
     full = f" (full precision: {reference_bytes / scale:,.2f} {unit})" if reference_bytes else ""
     axes.set_xlabel(f"weights of the transformer, {unit}{full}", fontsize=9)
     axes.set_ylabel("PSNR to full precision, dB", fontsize=9)
     axes.set_title("Quality against size, same seeds", fontsize=10)
     axes.tick_params(labelsize=8)
-    axes.legend(fontsize=8, frameon=False, labelcolor=_INK_NAME, loc="best")
+    figure.legend(fontsize=8, frameon=False, labelcolor=_INK_NAME, loc="outside lower center")
     _ink(axes)
+    _write_beside(axes, texts, front)
     return figure
 
 
@@ -247,6 +249,40 @@ def _front(points: Any) -> list[tuple[float, float]]:
         if not front or decibels > front[-1][1]:
             front.append((size, decibels))
     return front
+
+
+def _write_beside(axes: Any, texts: Mapping[str, tuple[float, float]], front: Sequence[tuple[float, float]]) -> None:
+    """Each text beside its point, where there is room: on no other text or point, not on the front's line, within the
+    axes. Where there is none, where least is covered."""
+    box = optional("matplotlib.transforms").Bbox
+    axes.figure.draw_without_rendering()  # the layout is settled: data have their place in pixels
+    corners = [point for (x, y), (further, _) in zip(front, [*front[1:], front[-1]], strict=True)
+               for point in ((x, y), (further, y))]  # fmt: skip
+    line = optional("matplotlib.path").Path(axes.transData.transform(corners))
+    pixels = axes.figure.dpi / 72  # a point
+    centres = {text: axes.transData.transform(point) for text, point in texts.items()}
+    taken = [box.from_extents(*(at - 5 * pixels), *(at + 5 * pixels)) for at in centres.values()]
+    for text, point in texts.items():
+        note = axes.annotate(
+            text, point, xytext=(0, 0), textcoords="offset points", fontsize=8, color=_INK_NAME, va="center"
+        )
+        size = note.get_window_extent()
+
+        def placed(place: tuple[int, int], at: Any = centres[text], size: Any = size) -> Any:
+            left = at[0] + place[0] * pixels - (size.width if place[0] < 0 else 0)
+            bottom = at[1] + place[1] * pixels - size.height / 2
+            return box.from_bounds(left, bottom, size.width, size.height)
+
+        def covered(place: tuple[int, int], placed: Any = placed) -> int:
+            here = placed(place).padded(2 * pixels)
+            crosses = line.intersects_bbox(here, filled=False)
+            outside = not (axes.bbox.x0 <= here.x0 and here.x1 <= axes.bbox.x1)
+            return sum(map(here.overlaps, taken)) + crosses + outside
+
+        best = min(_PLACES, key=covered)
+        note.set_position(best)
+        note.set_horizontalalignment("right" if best[0] < 0 else "left")
+        taken.append(placed(best))
 
 
 def _figure(width: float, height: float) -> Any:
@@ -325,12 +361,13 @@ def _draw_signed(axes: Any, timesteps: Array, site: SiteStatistics) -> None:
     x, low, high = timesteps[seen.numpy()], site.minimum[seen].numpy(), site.maximum[seen].numpy()  # [S], [S, K]
     axes.fill_between(x, low.min(axis=1), high.max(axis=1), color=_BLUE, alpha=0.3, linewidth=0, label="all channels")
     inner = np.percentile(low, 5, axis=1), np.percentile(high, 95, axis=1)
-    axes.fill_between(x, *inner, color=_BLUE, alpha=0.5, linewidth=0, label="95 % of channels")
+    label = "5th percentile of minima to 95th of maxima"
+    axes.fill_between(x, *inner, color=_BLUE, alpha=0.5, linewidth=0, label=label)
     middle = (low + high) / 2
-    for i, channel in enumerate(np.argsort(middle.min(axis=0) - middle.max(axis=0))[:3]):
-        label = "_" if i else "middles of 3 channels"
-        axes.plot(x, middle[:, channel], color=_ORANGE, linewidth=1.2, label=label)
-        axes.plot(x, low[:, channel], x, high[:, channel], color=_ORANGE, linewidth=0.7, linestyle=":")
+    for channel in np.argsort(middle.min(axis=0) - middle.max(axis=0))[:3]:
+        axes.plot(x, middle[:, channel], color=_ORANGE, linewidth=1.2, label="3 channels that move most: middle")
+        edges = low[:, channel], x, high[:, channel]
+        axes.plot(x, *edges, color=_ORANGE, linewidth=0.9, linestyle=":", label="their minima and maxima")
 
 
 def _draw_magnitudes(axes: Any, timesteps: Array, site: SiteStatistics) -> None:

@@ -194,11 +194,16 @@ def test_push_passes_everything_on(made, dit_folder, monkeypatch):
         return SimpleNamespace(oid="abc", commit_url="http://127.0.0.1/me/dit/commit/abc")
 
     monkeypatch.setattr("diffusers_dq.commands.push.push_to_hub", push_to_hub)
+    checked = []
+    monkeypatch.setattr(
+        "diffusers_dq.commands.push.check_push", lambda *_, **settings: checked.append(settings) or "me"
+    )
     options = ("--private", "--revision", "w4", "--compare-with", dit_folder, "--steps", 2, *LABELS)
     content = answer("push", made / "rtn", "me/dit", *options, "--statistics", made / "s.safetensors")
     assert content["commit"] == "abc" and content["url"].endswith("/commit/abc")
     assert (given["repo_id"], given["private"], given["revision"]) == ("me/dit", True, "w4")
     assert given["pipe"].transformer.is_quantized and len(given["comparison"].psnr) == 4
-    assert given["statistics"].about["calls_done"] == 2
+    assert given["statistics"]["transformer"].about["calls_done"] == 2 and given["upload_statistics"]
+    assert given["call"] == {**CALLS[0], "num_inference_steps": 2} == checked[0]["call"]
     invoke("push", made / "rtn", "me/dit")
-    assert given["comparison"] is None and given["private"] is None
+    assert given["comparison"] is None and given["private"] is None and given["call"] is None

@@ -8,14 +8,15 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
+import spawned
 import torch
 from diffusers import DiTPipeline, DiTTransformer2DModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from support import CALLS, PIXART_CALL, tiny_pixart_pipeline
 
 import diffusers_dq as dq
@@ -248,36 +249,47 @@ def test_shards_read_in_parallel_are_those_read_one_by_one(build, tmp_path, monk
         assert torch.equal(run_dit(DiTTransformer2DModel.from_pretrained(tmp_path)), run_dit(model))
 
 
-def _spawned(folder, path):
-    from diffusers import DiTPipeline
-
-    import diffusers_dq  # noqa: F401, registers
-
-    torch.set_num_threads(1)
-    save_file({"images": generate(_quiet(DiTPipeline.from_pretrained(folder)), 5)}, path)
-
-
-def _quiet(pipe):
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param("fork", marks=pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")),
+        pytest.param("spawn", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_forked_processes_load_and_run_at_once(build, tmp_path):
-    """After torch, diffusers and this package were imported, and a model has run."""
+def test_processes_of_multiprocessing_load_and_run_at_once(build, tmp_path, method):
+    """fork: after torch, diffusers and this package were imported, and a model has run. spawn: from nothing."""
     pipe = build("guarded")
     pipe.save_pretrained(tmp_path / "model")
     expected = generate(pipe, 5)
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context(method)
+    paths = [str(tmp_path / f"{i}") for i in range(3 if method == "fork" else 2)]
     running = [
-        context.Process(target=_spawned, args=(str(tmp_path / "model"), str(tmp_path / f"{i}"))) for i in range(3)
+        context.Process(target=spawned.generate, args=(str(tmp_path / "model"), path, STEPS, 5)) for path in paths
     ]
     for process in running:
         process.start()
     for process in running:
         process.join()
-    assert [process.exitcode for process in running] == [0, 0, 0]
-    for i in range(3):
-        assert torch.equal(load_file(tmp_path / f"{i}")["images"], expected)
-    assert Path(tmp_path / "model").exists()
+    assert [process.exitcode for process in running] == [0] * len(running)
+    assert all(torch.equal(load_file(path)["images"], expected) for path in paths)
+
+
+def test_threads_generate_with_what_each_has_loaded_by_itself(build, tmp_path):
+    """Loading takes turns: accelerate's init_empty_weights, in every from_pretrained, exchanges methods of nn.Module
+    (diffusers 0.42); what one thread loads, others may run meanwhile."""
+    pipes = {name: build(name) for name in CONFIGS}
+    for name, pipe in pipes.items():
+        pipe.save_pretrained(tmp_path / name)
+    expected = {name: generate(pipe, 7) for name, pipe in pipes.items()}
+    turn = threading.Lock()
+
+    def load_and_generate(name):
+        with turn:
+            pipe = DiTPipeline.from_pretrained(tmp_path / name)
+        pipe.set_progress_bar_config(disable=True)
+        return generate(pipe, 7)
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(load_and_generate, [*CONFIGS, *CONFIGS]))
+    assert all(torch.equal(image, expected[name]) for name, image in zip([*CONFIGS, *CONFIGS], found, strict=True))

@@ -30,6 +30,10 @@ def test_the_committed_page_is_what_the_code_says(name, generate):
     assert (DOCS / name).read_text() == made, "run: python docs/generate.py"
 
 
+def test_completion_offers_what_the_commands_take(generate):
+    assert generate["LIST"].read_text() == generate["completion_list"](), "run: python docs/generate.py"
+
+
 def test_all_generated_pages_are_tested(generate):
     marked = {path.name for path in DOCS.rglob("*.md") if generate["GENERATED"] in path.read_text()}
     assert marked == set(generate["PAGES"])

@@ -15,7 +15,7 @@ from support import tiny_pipeline
 from torch import Tensor, nn
 
 import diffusers_dq as dq
-from diffusers_dq.evaluation import Comparison, compare, psnr
+from diffusers_dq.evaluation import Comparison, compare, image_grid, psnr
 from diffusers_dq.evaluation.metrics import snr_db
 from diffusers_dq.evaluation.paired import _pictures, _rows, _run
 from diffusers_dq.linear import QuantizedLinear
@@ -160,6 +160,62 @@ def test_saved_files(comparison: Comparison, tmp_path: Path) -> None:
     for name in ("grid.png", "layer_snr.png"):
         with Image.open(tmp_path / "new/folder" / name) as image:
             image.verify()
+
+
+def by_hand(reference: Any, quantized: Any) -> Comparison:
+    n = len(reference)
+    return Comparison(
+        images_reference=reference,
+        images_quantized=quantized,
+        psnr=np.arange(20.0, 20 + n),
+        ssim=np.linspace(0.5, 0.9, n),
+        timesteps=np.array([1.0]),
+        latent_snr=np.array([np.inf]),
+        layer_snr={},
+        left_out={},
+    )
+
+
+@pytest.mark.parametrize(("largest", "gain"), [(0.9, 1), (0.24, 4), (0.1, 8), (0.001, 64), (0.0, 64)])
+def test_the_grid_shows_full_precision_quantized_and_the_amplified_difference(largest: float, gain: int) -> None:
+    """gain: the largest power of two, 64 at most, that keeps the difference below 1."""
+    rng = np.random.default_rng(0)
+    reference = rng.random((9, 16, 16, 3)) * (1 - largest)
+    up = rng.random((9, 16, 16, 3)) < 0.5  # where quantized is above: the difference has both signs
+    difference = largest * rng.choice([0.5, 1.0], (9, 16, 16, 3))
+    reference, quantized = (
+        np.where(up, reference, reference + difference),
+        np.where(up, reference + difference, reference),
+    )
+    comparison = by_hand(reference, quantized)
+    grid = np.asarray(comparison.grid())
+    rows = [
+        [grid[top : top + 128 : 8, left : left + 128 : 8, :3] for left in lefts]
+        for top, lefts in tile_corners(grid, rows=3, columns=8)
+    ]
+    for shown, expected in zip(rows, (reference, quantized, gain * difference), strict=True):
+        np.testing.assert_array_equal(shown, (expected[:8] * 255).round().astype(np.uint8))
+    labels = {
+        "full precision": reference[:8],
+        "quantized": quantized[:8],
+        f"difference x {gain}": gain * difference[:8],
+    }
+    captions = [f"{20 + i}.0 dB\nSSIM {0.5 + 0.05 * i:.3f}" for i in range(8)]
+    np.testing.assert_array_equal(grid, np.asarray(image_grid(labels, captions=captions)))
+
+
+def tile_corners(grid: Any, *, rows: int, columns: int) -> list[tuple[int, list[int]]]:
+    """(top, lefts) of each row of tiles of 128 x 128: the only runs of solid pixels that long."""
+    solid = grid[..., 3] == 255
+    lefts = _starts(solid[14])  # within the first row
+    tops = _starts(solid[:, lefts[0] + 1])
+    assert (len(tops), len(lefts)) == (rows, columns)
+    return [(top, lefts) for top in tops]
+
+
+def _starts(line: Any) -> list[int]:
+    changes = np.flatnonzero(np.diff(np.concatenate([[0], line.astype(int), [0]]))).reshape(-1, 2)
+    return [int(start) for start, end in changes if end - start == 128]
 
 
 def test_without_layers_there_is_no_heatmap(reference: DiTPipeline, quantized: DiTPipeline, tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 import io
+import json
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +25,15 @@ from diffusers_dq.evaluation.plots import (
 rng = np.random.default_rng(0)
 
 
-def find(canvas: np.ndarray, tile: np.ndarray) -> bool:
-    """Whether the tile occurs in the canvas, pixel by pixel."""
+def places(canvas: np.ndarray, tile: np.ndarray) -> list[tuple[int, int]]:
+    """(top, left) of each place where the tile occurs in the canvas, pixel by pixel."""
     height, width, _ = tile.shape
     corners = np.argwhere((canvas == tile[0, 0]).all(-1))
-    return any(np.array_equal(canvas[y : y + height, x : x + width], tile) for y, x in corners)
+    return [(y, x) for y, x in corners if np.array_equal(canvas[y : y + height, x : x + width], tile)]
+
+
+def find(canvas: np.ndarray, tile: np.ndarray) -> bool:
+    return bool(places(canvas, tile))
 
 
 def test_every_picture_is_in_the_grid_enlarged_to_squares() -> None:
@@ -38,6 +44,24 @@ def test_every_picture_is_in_the_grid_enlarged_to_squares() -> None:
             assert find(canvas[..., :3], image.repeat(4, axis=0).repeat(4, axis=1))  # 32 pixels become 128
     clear = [255, 255, 255, 0]
     assert (canvas[0] == clear).all() and (canvas[:, 0] == clear).all()
+
+
+def test_rows_are_in_order_from_top_and_left_each_beside_its_label() -> None:
+    rows = {"a label that is long": rng.random((3, 16, 16, 3)), ".": rng.random((3, 16, 16, 3))}
+    canvas = np.asarray(image_grid(rows, captions=["", "1 dB", ""]))
+    tops, lefts = [], []
+    for images in rows.values():
+        for image in (images * 255).round().astype(np.uint8):
+            ((top, left),) = places(canvas[..., :3], image.repeat(8, axis=0).repeat(8, axis=1))
+            tops.append(top)
+            lefts.append(left)
+    assert tops[0] == tops[1] == tops[2] < tops[3] == tops[4] == tops[5]
+    assert lefts[0] < lefts[1] < lefts[2] and lefts[:3] == lefts[3:]
+    ink = (canvas[..., 3] > 0).astype(int)
+    beside = [ink[top : top + 128, : lefts[0]].sum() for top in (tops[0], tops[3])]
+    assert beside[0] > 10 * beside[1] > 0, "the long label is the first row's"
+    below = [ink[tops[3] + 128 :, left : left + 128].sum() for left in lefts[:3]]
+    assert below[0] == below[2] == 0 < below[1], "the caption is the second column's"
 
 
 def test_large_pictures_keep_their_size_and_values_outside_are_clipped() -> None:
@@ -78,6 +102,32 @@ def test_heatmap_shows_long_models_and_numbers_that_are_not_finite(tmp_path: obj
         layer_heatmap({}, np.array([0.0]))
 
 
+def test_a_field_of_the_heatmap_is_the_linear_of_its_row_at_the_timestep_of_its_column() -> None:
+    snr = {"blocks.0.a": np.array([30.0, 20.0, 10.0]), "blocks.0.b": np.array([5.0, np.nan, 1.0])}
+    axes, bar = layer_heatmap(snr, np.array([900.0, 500.0, 100.0])).axes
+    (mesh,) = axes.collections
+    shown = np.ma.filled(mesh.get_array(), np.nan)
+    corners = mesh.get_coordinates()  # [rows + 1, columns + 1, 2]
+    ticks = [
+        {label.get_text(): place for label, place in zip(axis.get_ticklabels(), axis.get_ticklocs(), strict=True)}
+        for axis in (axes.xaxis, axes.yaxis)
+    ]
+    for name, values in snr.items():
+        for timestep, value in zip((900, 500, 100), values, strict=True):
+            x, y = ticks[0][str(timestep)], ticks[1][name.removeprefix("blocks.0.")]
+            row, column = int(np.searchsorted(corners[:, 0, 1], y)) - 1, int(np.searchsorted(corners[0, :, 0], x)) - 1
+            np.testing.assert_equal(shown[row, column], value)
+    assert axes.get_ylim()[0] > axes.get_ylim()[1], "the first linear is on top"
+    assert axes.get_xlim()[0] < axes.get_xlim()[1], "the first step is on the left"
+
+    assert mesh.norm.vmin, mesh.norm.vmax == tuple(np.percentile([30, 20, 10, 5, 1], (1, 99)))
+    shades = [luminance(mesh.cmap(value)[:3], of=1.0) for value in np.linspace(0, 1, 11)]
+    assert bar.get_ylabel() == "SNR of the output, dB (dark: worse)"
+    assert shades == sorted(shades) and shades[-1] > 10 * shades[0], "a low SNR is dark"
+    assert bar.get_ylim() == (mesh.norm.vmin, mesh.norm.vmax), "and at the lower end of the bar"
+    assert mesh.cmap.get_bad()[:3].tolist() == [0.5, 0.5, 0.5]
+
+
 def test_heatmap_leaves_matplotlibs_global_state_alone() -> None:
     import matplotlib
 
@@ -86,9 +136,9 @@ def test_heatmap_leaves_matplotlibs_global_state_alone() -> None:
     assert dict(matplotlib.rcParams) == before
 
 
-def luminance(color: tuple[int, ...]) -> float:
+def luminance(color: tuple[float, ...], of: float = 255) -> float:
     """Relative, of WCAG 2.2."""
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (v / 255 for v in color)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (v / of for v in color)]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
@@ -126,31 +176,81 @@ def test_figures_are_transparent_around_and_all_text_is_in_the_ink(
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_ranges_are_the_statistics_and_boundaries_the_models(dit_statistics: Any, grouped: torch.nn.Module) -> None:
-    name = "transformer_blocks.1.attn1.to_q"
-    figure = activation_ranges(dit_statistics, grouped, [name])
-    signed, sizes = figure.axes
-    site = dit_statistics.sites[name]
-    timesteps = dit_statistics.timesteps.numpy()
-    lines = {line.get_label(): line for line in sizes.get_lines()}
-    assert np.array_equal(lines["median"].get_xdata(), timesteps)
-    expected = torch.maximum(site.minimum.abs(), site.maximum.abs()).numpy()
-    np.testing.assert_allclose(lines["median"].get_ydata(), np.median(expected, axis=1))
-    envelope = signed.collections[0].get_paths()[0].vertices
-    assert envelope[:, 1].max() == pytest.approx(float(site.maximum.max()))
-    assert envelope[:, 1].min() == pytest.approx(float(site.minimum.min()))
+def by_timestep(collection: Any) -> dict[float, tuple[float, float]]:
+    """Timestep -> lower and upper edge of what fill_between drew."""
+    vertices = collection.get_paths()[0].vertices
+    return {x: (y.min(), y.max()) for x in np.unique(vertices[:, 0]) for y in [vertices[vertices[:, 0] == x, 1]]}
 
-    layer = grouped.get_submodule(name)
-    row = grouped.timestep_boundaries[layer.layout.partition]
+
+def close(drawn: dict[float, tuple[float, float]], timesteps: Any, low: Any, high: Any) -> bool:
+    expected = dict(zip(timesteps.tolist(), zip(low.tolist(), high.tolist(), strict=True), strict=True))
+    return drawn.keys() == expected.keys() and all(np.allclose(drawn[t], expected[t]) for t in expected)
+
+
+def test_ranges_are_the_statistics_at_their_timesteps(dit_statistics: Any) -> None:
+    name = "transformer_blocks.1.attn1.to_q"
+    statistics = deepcopy(dit_statistics)
+    site = statistics.sites[name]
+    site.visited[4] = False  # what was not reached is not drawn
+    signed, sizes = activation_ranges(statistics, sites=[name]).axes
+    timesteps, low, high = (x[site.visited].numpy() for x in (statistics.timesteps, site.minimum, site.maximum))
+    assert len(timesteps) == 9 and len(set(timesteps.tolist())) == 9
+
+    bands = {band.get_label(): by_timestep(band) for band in signed.collections}
+    assert close(bands.pop("all channels"), timesteps, low.min(1), high.max(1))
+    edges = np.percentile(low, 5, axis=1), np.percentile(high, 95, axis=1)
+    assert close(bands.pop("5th percentile of minima to 95th of maxima"), timesteps, *edges) and not bands
+    lines = [line for line in signed.get_lines() if line.get_linestyle() != ":"]
+    dotted = [line for line in signed.get_lines() if line.get_linestyle() == ":"]
+    middle = (low + high) / 2
+    moved = np.argsort(np.ptp(middle, axis=0))[::-1][:3]
+    assert len(lines) == 3 and len(dotted) == 6
+    for line, channel in zip(lines, moved, strict=True):
+        np.testing.assert_allclose(line.get_xydata(), np.stack([timesteps, middle[:, channel]], 1), rtol=1e-6)
+    for line, edge in zip(dotted, (edge[:, c] for c in moved for edge in (low, high)), strict=True):
+        np.testing.assert_allclose(line.get_xydata(), np.stack([timesteps, edge], 1), rtol=1e-6)
+
+    largest = np.maximum(abs(low), abs(high))
+    bands = {band.get_label(): by_timestep(band) for band in sizes.collections}
+    assert close(bands["5 to 95 % of channels"], timesteps, *np.percentile(largest, (5, 95), axis=1))
+    assert close(bands["25 to 75 %"], timesteps, *np.percentile(largest, (25, 75), axis=1))
+    median, *channels = sizes.get_lines()
+    np.testing.assert_allclose(median.get_xydata(), np.stack([timesteps, np.median(largest, axis=1)], 1), rtol=1e-6)
+    for line, channel in zip(channels, np.argsort(-largest.max(0))[:3], strict=True):
+        np.testing.assert_allclose(line.get_xydata(), np.stack([timesteps, largest[:, channel]], 1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("descending", [True, False])
+def test_boundaries_are_the_models(dit_statistics: Any, grouped: torch.nn.Module, descending: bool) -> None:
+    name = "transformer_blocks.1.attn1.to_q"
+    statistics = deepcopy(dit_statistics)
+    if not descending:  # a model whose picture is at the largest timestep
+        statistics = replace(statistics, descending=False)
+    figure = activation_ranges(statistics, grouped, [name])
+    row = grouped.timestep_boundaries[grouped.get_submodule(name).layout.partition]
     expected = sorted(row[torch.isfinite(row)].tolist())
     assert len(expected) == 2
+    edges = [float(statistics.timesteps.min()), *expected, float(statistics.timesteps.max())]
+    centres = [(edges[i] + edges[i + 1]) / 2 for i in range(3)]
     for axes in figure.axes:
-        drawn = [line.get_xdata()[0] for line in axes.get_lines() if line.get_linestyle() == "--"]
-        assert drawn == expected
+        drawn = [line.get_xdata() for line in axes.get_lines() if line.get_linestyle() == "--"]
+        assert [list(xs) for xs in drawn] == [[x, x] for x in expected]
         numbers = {text.get_text(): text.xy[0] for text in axes.texts}
-        assert numbers["1"] > expected[1] > numbers["2"] > expected[0] > numbers["3"], "1 is the noisiest"
-        assert axes.get_xlim()[0] > axes.get_xlim()[1], "noise is on the left"
-    assert signed.get_title(loc="left") == f"{name}: 3 timestep groups"
+        assert [numbers[n] for n in "123"] == (centres[::-1] if descending else centres), "1 is the noisiest"
+        left, right = axes.get_xlim()
+        assert (left > right) == descending, "noise is on the left"
+    assert figure.axes[0].get_title(loc="left") == f"{name}: 3 timestep groups"
+
+
+def test_every_line_and_area_of_the_ranges_is_in_the_legend(dit_statistics: Any, grouped: torch.nn.Module) -> None:
+    figure = activation_ranges(dit_statistics, grouped)
+    for column in (figure.axes[::2], figure.axes[1::2]):
+        (legend,) = [axes.get_legend() for axes in column if axes.get_legend() is not None]
+        explained = {(line.get_color(), line.get_linestyle()) for line in legend.get_lines()}
+        drawn = {(line.get_color(), line.get_linestyle()) for axes in column for line in axes.get_lines()}
+        assert drawn == explained and len(drawn) > 2
+        areas = {area.get_label() for axes in column for area in axes.collections}
+        assert len(areas) == 2 and areas <= {text.get_text() for text in legend.get_texts()}
 
 
 def test_without_sites_those_are_shown_that_change_most_of_every_kind(
@@ -192,6 +292,33 @@ def test_quality_against_size_joins_what_nothing_beats() -> None:
     for wrong in ({}, {"a": (0, 30.0)}, {"a": (10, np.nan)}):
         with pytest.raises(ValueError, match="no models|expected a size"):
             quality_against_size(wrong)
+
+
+DEMO = Path(__file__).parents[2] / "examples" / "results" / "demo.json"
+
+
+@pytest.mark.parametrize("which", ["demo", "crowd"])
+def test_a_label_covers_no_line_no_point_and_no_other_label(which: str) -> None:
+    points = {f"model {i}": (1_000_000 + 2000 * (i % 3), 30.0 + i / 3) for i in range(9)}
+    if which == "demo":
+        models = json.loads(DEMO.read_text())["models"]
+        points = {name: (row["bytes"], row["psnr_db"]) for name, row in models.items() if row["psnr_db"]}
+    figure = quality_against_size(points)
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    front, *dots = axes.get_lines()
+    boxes = {text.get_text(): text.get_window_extent() for text in axes.texts}
+    assert len(boxes) == len(points)
+    path = front.get_path().transformed(front.get_transform())  # the steps, in pixels
+    assert len(path.vertices) > 3
+    centres = [axes.transData.transform(dot.get_xydata()[0]) for dot in dots]
+    for label, box in boxes.items():
+        assert not path.intersects_bbox(box, filled=False), f"{label} is on the line"
+        assert not any(box.contains(*centre) for centre in centres), f"{label} is on a point"
+        assert not any(box.overlaps(other) for name, other in boxes.items() if name != label), label
+        assert axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1, f"{label} is outside"
+        own = centres[list(boxes).index(label)]
+        assert abs(np.clip(own, box.min, box.max) - own).max() < 20 * figure.dpi / 72, f"{label} is far from its point"
 
 
 def test_new_figures_leave_matplotlibs_global_state_alone(dit_statistics: Any, grouped: torch.nn.Module) -> None:

@@ -1,11 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """examples/space_app.py without a browser; with gradio where it is installed."""
 
+import os
+import socket
+import subprocess
 import sys
+import time
+import urllib.request
 from pathlib import Path
 
 import numpy as np
 import pytest
+from huggingface_hub import RepoCard
 
 from diffusers_dq.denoise import run_call
 
@@ -70,3 +76,57 @@ def test_the_demo_pair_is_close_and_not_the_same(app):
     shown = app.side_by_side(pair, pair.labels[0], seed=0, steps=5, pictures=2)
     difference = np.abs(np.stack(shown.reference).astype(float) - np.stack(shown.quantized))
     assert 0 < difference.mean() < 10, "of 255; noise would be about 80"
+
+
+def code_of_the_space() -> str:
+    return (EXAMPLES / "space" / "README.md").read_text().partition("```bash\n")[2].partition("```")[0]
+
+
+def test_a_space_is_told_what_it_needs():
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    project = tomllib.loads((EXAMPLES.parent / "pyproject.toml").read_text())["project"]
+    needed = {*project["dependencies"], *project["optional-dependencies"]["space"]}
+    listed = (EXAMPLES / "space" / "requirements.txt").read_text().split("\n")
+    assert {*filter(None, listed), "gradio>=6"} == needed, "gradio is what the Space itself installs, by sdk_version"
+    about = RepoCard.load(EXAMPLES / "space" / "README.md").data
+    assert (about.sdk, about.app_file, about.license) == ("gradio", "app.py", "apache-2.0")
+    assert f"gradio=={about.sdk_version}\n" in (EXAMPLES.parent / "constraints.txt").read_text()
+    assert len(about.short_description) <= 60, "or the Hub refuses it"
+
+
+@pytest.mark.slow
+def test_the_folder_of_a_space_is_complete_and_serves_the_page(tmp_path):
+    pytest.importorskip("gradio")
+    for name in ("diffusers_dq", "diffusers_dq_cli", "kernels", "examples"):
+        (tmp_path / name).symlink_to(EXAMPLES.parent / name)
+    subprocess.run(["bash", "-ec", code_of_the_space()], cwd=tmp_path, check=True)
+    space = tmp_path / "space"
+    assert not [path for path in space.rglob("*") if path.is_symlink()]
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    given = {"GRADIO_SERVER_NAME": "127.0.0.1", "GRADIO_SERVER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    given["GRADIO_TEMP_DIR"] = str(tmp_path / "pictures")
+    show = "import app, diffusers_dq_kernels as ops; print(app.__file__, app.MODEL, ops.__file__, sep='\\n')"
+    asked = subprocess.run(
+        [sys.executable, "-c", show], cwd=space, env=os.environ | given, capture_output=True, text=True, check=True
+    )
+    assert [Path(line).is_relative_to(space) for line in asked.stdout.split()] == [True] * 3
+
+    log = tmp_path / "log"
+    with (
+        log.open("w") as file,
+        subprocess.Popen(
+            [sys.executable, "app.py"], cwd=space, env=os.environ | given, stdout=file, stderr=file
+        ) as process,
+    ):
+        try:
+            deadline = time.monotonic() + 300
+            while "Running on local URL" not in log.read_text():
+                assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+                time.sleep(1)
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=30) as page:
+                assert "HTG W4A8 of a DiT for CIFAR-10" in page.read().decode()
+        finally:
+            process.terminate()

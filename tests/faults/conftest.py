@@ -83,17 +83,6 @@ def limited(kind: int, value: int) -> Iterator[None]:
 
 
 @pytest.fixture
-def spare_memory() -> Callable[[int], Any]:
-    """A function: a context in which the process may map so many bytes more than it has, and no more."""
-
-    def spare(size: int) -> Any:
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        return limited(resource.RLIMIT_AS, pages * resource.getpagesize() + size)
-
-    return spare
-
-
-@pytest.fixture
 def file_size_limit() -> Callable[[int], Any]:
     """A function: a context in which no file may grow beyond so many bytes, an error as a full disk is one."""
     return lambda size: limited(resource.RLIMIT_FSIZE, size)

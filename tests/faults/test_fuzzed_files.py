@@ -1,88 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files changed at random: they load to what they held, or are refused with a message; memory is limited meanwhile.
 
-The 500 quick cases are the same every time; DQ_FUZZ_CASES=10000, the nightly number, draws new ones. A checksum
-notices every change, so files are drawn with theirs, and without any, as who means harm would make them.
+How many: fuzzing.py. A checksum notices every change, so files are drawn with theirs, and without any, as who means
+harm would make them.
 """
 
 import copy
 import json
-import os
 import shutil
-import struct
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DiTPipeline, DiTTransformer2DModel
-from hypothesis import HealthCheck, given, settings
+from fuzzing import LINEAR, REFUSALS, changed, changes, damaged, fuzzed, joined, refused, spare_memory, split
+from hypothesis import given
 from hypothesis import strategies as st
 
 import diffusers_dq as dq
 from diffusers_dq.files import SEAL, read_tensors, sealed, write_tensors
 from diffusers_dq.linear import LinearLayout, QuantizedLinear
 
-CASES = int(os.environ.get("DQ_FUZZ_CASES", "500"))
 SPARE = 1 << 30  # bytes that loading a file of some 400 kB may map
-REFUSALS = (ValueError, TypeError, OSError)
-LINEAR = "transformer_blocks.1.attn1.to_q"
-
-
-def fuzzed(share):
-    """Settings of a test that gets a share of the cases."""
-    return settings(
-        max_examples=max(1, int(CASES * share)),
-        deadline=None,
-        database=None,
-        derandomize=CASES <= 500,
-        suppress_health_check=list(HealthCheck),
-    )
-
-
-NUMBERS = st.sampled_from(
-    [0, 1, -1, 2, 3, 4, 7, 16, 32, 64, 255, 10**6, 10**9, 10**12, 2**31, 2**63, -(2**63), 10**30]
-)
-ATOMS = st.one_of(
-    st.none(), st.booleans(), NUMBERS, st.floats(), st.sampled_from(["", "static", "token", "float16", "nn", LINEAR])
-)
-JSON = st.recursive(ATOMS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner))
-NOTHING = object()
-
-
-def paths_in(value, path=()):
-    """Every place in a JSON value."""
-    yield path
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, item in items:
-        yield from paths_in(item, (*path, key))
-
-
-@st.composite
-def changes(draw, value):
-    """(places, values): what to put where, NOTHING to take something away."""
-    places = draw(st.lists(st.sampled_from([path for path in paths_in(value) if path]), min_size=1, max_size=2))
-    return [(place, draw(JSON | st.just(NOTHING))) for place in places]
-
-
-def changed(value, edits):
-    value = json.loads(json.dumps(value))
-    for place, new in edits:
-        owner = value
-        try:
-            for key in place[:-1]:
-                owner = owner[key]
-            if new is NOTHING:
-                del owner[place[-1]]
-            else:
-                owner[place[-1]] = new
-        except (KeyError, IndexError, TypeError):
-            continue  # an earlier edit has taken it away
-    return value
-
-
-def refused(error):
-    """A refusal says something."""
-    assert str(error).strip(), f"an empty {type(error).__name__}"
 
 
 # A saved model: the quantization_config in config.json
@@ -136,7 +75,7 @@ def layouts(model):
 
 @fuzzed(0.4 / 3)
 @given(data=st.data())
-def test_a_changed_config_is_refused_or_changes_no_more_than_it_says(saved, folder_with, spare_memory, run_dit, data):
+def test_a_changed_config_is_refused_or_changes_no_more_than_it_says(saved, folder_with, run_dit, data):
     folder, config, tensors = saved
     edits = data.draw(changes(config["quantization_config"]))
     fuzz = {**config, "quantization_config": changed(config["quantization_config"], edits)}
@@ -187,7 +126,7 @@ def assert_same(loaded, tensors):
         lambda result: result["step_bits"].update(boundaries=list(range(10**5))),
     ],
 )
-def test_what_no_file_says_is_refused_before_memory_is_asked_for(saved, folder_with, spare_memory, change):
+def test_what_no_file_says_is_refused_before_memory_is_asked_for(saved, folder_with, change):
     folder, config, _ = saved
     config = json.loads(json.dumps(config))
     if "step_bits" in change.__code__.co_consts and not config["quantization_config"]["result"]["step_bits"]:
@@ -201,43 +140,9 @@ def test_what_no_file_says_is_refused_before_memory_is_asked_for(saved, folder_w
 # A saved model: the file of weights
 
 
-def split(content):
-    """(header, data) of a safetensors file."""
-    (size,) = struct.unpack("<Q", content[:8])
-    return json.loads(content[8 : 8 + size]), content[8 + size :]
-
-
-def joined(header, data, size=None):
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return struct.pack("<Q", len(text) if size is None else size) + text + data
-
-
-@st.composite
-def damaged(draw, content):
-    """A file with another header, cut short, longer, or of other bytes."""
-    kind = draw(st.sampled_from(["header", "size", "cut", "append", "flip", "flip", "text"]))
-    header, data = split(content)
-    if kind == "header":
-        return joined(changed(header, draw(changes(header))), data)
-    if kind == "size":
-        return joined(header, data, draw(st.sampled_from([0, 1, 2**31, 2**63, 2**64 - 1]) | st.integers(0, 10**5)))
-    if kind == "cut":
-        return content[: draw(st.integers(0, len(content) - 1))]
-    if kind == "append":
-        return content + draw(st.binary(min_size=1, max_size=9))
-    end = len(content) - len(data) if kind == "text" else len(content)
-    places = draw(st.lists(st.integers(0, end - 1), min_size=1, max_size=3))
-    flipped = bytearray(content)
-    for place in places:
-        flipped[place] ^= draw(st.integers(1, 255))
-    return bytes(flipped)
-
-
 @fuzzed(0.3 / 3)
 @given(data=st.data())
-def test_a_damaged_file_of_weights_is_refused_without_a_checksum_but_for_its_values(
-    saved, folder_with, spare_memory, data
-):
+def test_a_damaged_file_of_weights_is_refused_without_a_checksum_but_for_its_values(saved, folder_with, data):
     """Of what is not its header nobody knows what it was: a flipped byte of a tensor is another tensor."""
     folder, config, tensors = saved
     content = weights_of(folder).read_bytes()
@@ -258,9 +163,7 @@ def test_a_damaged_file_of_weights_is_refused_without_a_checksum_but_for_its_val
 
 @fuzzed(0.1 / 3)
 @given(data=st.data())
-def test_with_its_checksum_a_file_of_weights_loads_to_what_was_saved_or_not_at_all(
-    saved, folder_with, spare_memory, data
-):
+def test_with_its_checksum_a_file_of_weights_loads_to_what_was_saved_or_not_at_all(saved, folder_with, data):
     folder, config, tensors = saved
     config = json.loads(json.dumps(config))
     of_file = DiTTransformer2DModel.from_pretrained(folder).hf_quantizer
@@ -288,9 +191,7 @@ def facts(statistics):
 
 @fuzzed(0.1)
 @given(data=st.data())
-def test_damaged_statistics_are_refused_by_their_checksum(
-    dit_statistics, dit_statistics_path, tmp_path_factory, spare_memory, data
-):
+def test_damaged_statistics_are_refused_by_their_checksum(dit_statistics, dit_statistics_path, tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "damaged-statistics"
     path.write_bytes(data.draw(damaged(Path(dit_statistics_path).read_bytes())))
     try:
@@ -312,7 +213,7 @@ def test_damaged_statistics_are_refused_by_their_checksum(
 @fuzzed(0.1)
 @given(data=st.data())
 def test_statistics_with_a_changed_header_and_no_checksum_quantize_or_are_refused(
-    dit_folder, dit_statistics_path, tmp_path_factory, spare_memory, data
+    dit_folder, dit_statistics_path, tmp_path_factory, data
 ):
     header, tensors = split(Path(dit_statistics_path).read_bytes())
     ours = json.loads(header["__metadata__"]["diffusers_dq"])

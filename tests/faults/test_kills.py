@@ -145,7 +145,7 @@ def test_a_search_keeps_its_record_through_kills(tmp_path, forked, killing, monk
     assert find() == [0, 1 / 3, 2 / 3]
 
 
-# Saving is diffusers' own: config.json, then the weights, then their index, each over what was there
+# Saving a model: diffusers' own files, which take their places when all are whole
 
 
 def quantized(dit_folder, dit_statistics, seed, **config):
@@ -167,6 +167,8 @@ def watch_saving(killer, monkeypatch):
     monkeypatch.setattr(safetensors.torch, "save_file", killer.before(safetensors.torch.save_file))
     monkeypatch.setattr("diffusers.models.modeling_utils.json.dumps", killer.before(__import__("json").dumps))
     monkeypatch.setattr(DiTTransformer2DModel, "save_config", killer.before(DiTTransformer2DModel.save_config))
+    monkeypatch.setattr(files.os, "fsync", killer.before(os.fsync))
+    monkeypatch.setattr(files.os, "replace", killer.before(os.replace))
 
 
 @pytest.mark.parametrize("size", ["10GB", "60KB"], ids=["one file", "shards"])
@@ -197,7 +199,8 @@ def test_saving_over_another_model_leaves_one_of_them_or_is_refused(
         try:
             loaded = run_dit(DiTTransformer2DModel.from_pretrained(folder), timesteps)
         except (ValueError, OSError) as error:
-            endings.add("mixed" if "saved together" in str(error) else "unreadable")
+            assert "saved together" in str(error), "every file is whole"
+            endings.add("mixed")
             with pytest.raises((ValueError, OSError)):
                 dq.inspect(folder)
         else:
@@ -208,4 +211,28 @@ def test_saving_over_another_model_leaves_one_of_them_or_is_refused(
         assert torch.equal(run_dit(DiTTransformer2DModel.from_pretrained(folder), timesteps), outputs[1])
         shutil.rmtree(folder)
     mixed = {"mixed"} if change == "weights" else set()  # tensors are the same in the other case: new is new
-    assert endings == {0, 1, "unreadable"} | mixed, "the old one, the new one, half a file, files of both"
+    assert endings == {0, 1} | mixed, "the old one, the new one, files of both"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [str(at)], "what was half written has gone"
+
+
+@pytest.mark.parametrize("size", ["10GB", "60KB"], ids=["one file", "shards"])
+def test_a_model_saved_to_a_new_folder_is_there_as_a_whole_or_not_at_all(
+    dit_folder, dit_statistics, tmp_path, forked, killing, monkeypatch, run_dit, size
+):
+    model = quantized(dit_folder, dit_statistics, 1)
+    output, folder = run_dit(model, (750, 500)), tmp_path / "new"
+    for at in count():
+
+        def doomed(at=at):
+            watch_saving(killing(at), monkeypatch)
+            model.save_pretrained(folder, max_shard_size=size)
+
+        if forked(doomed) == "":
+            break
+        assert not folder.exists() or torch.equal(
+            run_dit(DiTTransformer2DModel.from_pretrained(folder), (750, 500)), output
+        )
+        if folder.exists():
+            shutil.rmtree(folder)
+    assert at > 5 and [path.name for path in tmp_path.iterdir()] == ["new"]
+    assert torch.equal(run_dit(DiTTransformer2DModel.from_pretrained(folder), (750, 500)), output)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from hub.server import Faults, Hub, running
+from hub.snippets import LOAD
 from hub.users import Users
 
 
@@ -55,3 +56,9 @@ def quantized(tmp_path_factory: pytest.TempPathFactory, dit_folder: Path, dit_st
     folders["statistics"] = str(tmp_path_factory.mktemp("statistics") / "statistics.safetensors")
     dit_statistics.save(folders["statistics"])
     return folders
+
+
+@pytest.fixture
+def expected(users: Users, quantized: dict[str, str]) -> str:
+    """Of pictures that the saved pipeline makes without a Hub."""
+    return users.does(LOAD, repo=quantized["htg"])

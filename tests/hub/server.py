@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 LFS_FROM = 10_000  # bytes; safetensors files are large whatever their size, as on the Hub
-OWNER = {"name": "user", "type": "user", "orgs": [], "auth": {"accessToken": {"role": "write"}}}
+OWNER = {"name": "user", "type": "user", "orgs": []}
 
 
 @dataclass
@@ -172,7 +172,10 @@ class Handler(BaseHTTPRequestHandler):
     def writable(self, repo: str) -> Repository | None:
         known = self.readable(repo)
         if known is not None and self.token != "write":
-            self.refuse(403, "Forbidden", "You do not have write access")
+            if self.token is None:
+                self.reply(401, {"error": "Invalid"}, X_Error_Message="Invalid username or password.")
+            else:
+                self.refuse(403, "Forbidden", "You do not have write access")
             return None
         return known
 
@@ -185,7 +188,9 @@ class Handler(BaseHTTPRequestHandler):
     # Endpoints
 
     def whoami(self) -> None:
-        self.reply(200, OWNER) if self.token in self.hub.tokens else self.reply(401, {"error": "Unauthorized"})
+        if self.token not in self.hub.tokens:
+            return self.reply(401, {"error": "Unauthorized"})
+        self.reply(200, {**OWNER, "auth": {"accessToken": {"role": self.token}}})
 
     def create(self) -> None:
         if self.token != "write":
