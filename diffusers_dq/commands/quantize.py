@@ -100,8 +100,8 @@ def quantize(
     }
     text = f"{report}\nwritten: {output}" + (f"\nstatistics: {found}" if found else "")
     emit(content, text, as_json=json)
-    if not report.quantized:
-        note("no linear was quantized: at 16 bits, or by modules_to_not_convert; --json lists the reasons")
+    if all(row.bits == "W16A16" for row in report.quantized):
+        note("nothing was rounded: every linear has 16 bits or was left out")
 
 
 def save(pipe: DiffusionPipeline, output: Path) -> None:
