@@ -85,8 +85,8 @@ class RefuseAdapters:
 class _Guard:
     """One guarded method of one model; a copy of the model has guards of its own.
 
-    It holds the model, as a bound method does: in `from_pretrained(...).to("cuda")` nothing else does by the time of the
-    call. The two are a cycle, which Python's collector frees.
+    It holds the model, as a bound method does: in `from_pretrained(...).to("cuda")` nothing else does by the time of
+    the call. The two are a cycle, which Python's collector frees.
     """
 
     def __init__(self, name: str, model: nn.Module, method: str) -> None:

@@ -52,7 +52,8 @@ def push_to_hub(
     """Upload a quantized pipeline, or a transformer alone, with a model card; `from_pretrained(repo_id)` loads it.
 
     All goes up in one commit: until it is whole nothing can be seen, and after an interruption the same call completes
-    it without uploading whole files again. Weights of an earlier push that are in the way are removed in that commit.
+    it without uploading whole files again (tested over LFS; a server of Xet was not at hand). Weights of an earlier
+    push that are in the way are removed in that commit.
 
     comparison: of `dq.compare`; its figures go into the card, its files into `comparison/`.
     statistics: of `dq.calibrate`; described in the card and uploaded as `statistics.safetensors`, which others use
@@ -144,7 +145,8 @@ def check_push(
 ) -> str:
     """The user that `push_to_hub` would upload as: raises now, before hours of comparing, what it would raise later.
 
-    Nothing is made on the Hub; a card that is there is read, as it may have to be mended. A token that may write there may still not write to this repository.
+    Nothing is made on the Hub; a card that is there is read, as it may have to be mended. A token that may write
+    there may still not write to this repository.
     Raises as `push_to_hub` does; PermissionError for a token that may only read.
     """
     _, _, card = _checked(

@@ -103,6 +103,12 @@ class Description:
                 raise ValueError(f"{field_name} must map names to texts, got {pairs!r}")
         if not all(isinstance(name, str) for name in self.attention):
             raise ValueError(f"attention must be names, got {self.attention!r}")
+        originals = set(self.tied.values())
+        places = originals | self.tied.keys()
+        for name in places:
+            inside = any(name[:end] in places for end in range(len(name)) if name[end] == ".")
+            if not name or inside or (name in originals and name in self.tied):
+                raise ValueError(f"tied must map copies to originals, none of them a part of another; {name!r} is")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""

@@ -43,8 +43,15 @@ class DQQuantizer(DiffusersQuantizer):
     statistics: Statistics | None = None
 
     def __init__(self, quantization_config: DQConfig, **kwargs: Any) -> None:
+        """pre_quantized: whether the config is of the model's config.json, as diffusers says there, and only there."""
         super().__init__(quantization_config, **kwargs)
         result = quantization_config.result
+        if kwargs.get("pre_quantized") and result is None and quantization_config.statistics is not None:
+            raise ValueError(
+                f"the quantization_config in config.json names statistics, {quantization_config.statistics!r}, and"
+                " whoever wrote it is not to choose what is read or downloaded: take it out of config.json, and pass"
+                " quantization_config=dq.DQConfig(..., statistics=...) yourself"
+            )
         self.description = None if result is None else Description.from_dict(result)
         # from_single_file claims every model to be quantized already: what is true is in the config.
         self.pre_quantized = self.description is not None
@@ -212,7 +219,8 @@ class DQQuantizer(DiffusersQuantizer):
         missing = sorted(name for name, tensor in expected.items() if tensor.device.type == "meta")
         ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
         loaded = self._loaded_keys if self.pre_quantized else set()
-        extra = [key for key in sorted(loaded - expected.keys()) if not any(re.search(p, key) for p in ignored)]
+        surplus = {key for key in loaded if key not in expected or self._is_tied_copy(key)}
+        extra = [key for key in sorted(surplus) if not any(re.search(p, key) for p in ignored)]
         if missing or extra:
             raise ValueError(
                 f"the file does not hold the tensors that config.json describes: {len(missing)} missing"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the pages of tables, and the list of options for completion: python docs/generate.py
+"""Writes the pages of tables, those of README.md, and the list of options for completion: python docs/generate.py
 
 From the registries of methods and specs, the tile tables of the kernels and the committed results, so that none of
 these pages says what the code does not. tests/docs/test_generated.py compares what is committed with what this makes.
@@ -19,6 +19,7 @@ DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 sys.path += [str(DOCS), str(ROOT / "tests")]
 
+import readme  # noqa: E402
 from docstrings import to_markdown  # noqa: E402
 from tiny_models import MODELS  # noqa: E402
 
@@ -226,31 +227,90 @@ Measured times are on [Measured figures](figures.md).
 
 
 def figures_page() -> str:
-    results = ROOT / "examples" / "results"
-    main = json.loads((results / "tables-w4a8-outliers.json").read_text())
-    other = json.loads((results / "tables-w8a8-w6a8-outliers.json").read_text())
-    ablations = json.loads((results / "tables-ablations.json").read_text())
-    parts = [
-        f"""{GENERATED}# Measured figures
+    """Of every file in examples/results; raises KeyError for one that it does not know."""
+    sections = "\n\n".join(_section_of(path) for path in sorted(readme.RESULTS.glob("*.json"), key=_order))
+    speed = [_speed(path) for path in sorted((ROOT / "kernels" / "benchmarks" / "results").glob("step-*.json"))]
+    return "\n\n".join(
+        [
+            f"""{GENERATED}# Measured figures
 
-Written from the files that the commands below left in the repository. They are of the small demo model, on the CPU
-named; [What they give](choosing.md) says how to read them.
+Written from the files that the commands below left in `examples/results` and `kernels/benchmarks/results`. They are of
+the small demo model, on the CPU named; [Which method when](choosing.md) says how to read them.""",
+            sections,
+            "## Speed",
+            *speed,
+        ]
+    ) + "\n"  # fmt: skip
 
-## W4A8 with outliers
 
-Demo model, {main["sampling"]["images"]:,} pictures a row, {main["sampling"]["steps"]} DDIM steps.
-`{_command(main["about"])}`
-{_rest(main["about"])}
+_TITLES = MappingProxyType(
+    {
+        "demo.json": "The demo",
+        "tables-w4a8-outliers.json": "W4A8 with outliers",
+        "tables-w4a8-outliers-50-steps.json": "W4A8 with outliers, 50 steps",
+        "fid-bootstrap-50-steps.json": "How certain FID's order is, 50 steps",
+        "tables-w8a8-w6a8-outliers.json": "W8A8 and W6A8 with outliers",
+        "quality-16-pictures.json": "Presets at 25 and 50 steps",
+        "tables-ablations.json": "Ablations at W4A8",
+    }
+)
 
-{_quality(main["rows"])}""",
+
+def _order(path: Path) -> int:
+    return list(_TITLES).index(path.name)
+
+
+def _section_of(path: Path) -> str:
+    content = readme.results(path.name)
+    parts = [f"## {_TITLES[path.name]}", _about(content)]
+    if path.name == "demo.json":
+        parts.append(readme.demo_table())
+    elif path.name == "quality-16-pictures.json":
+        parts.append(readme.presets_table())
+    elif "references" in content:
+        parts += [f"To {name} pictures:\n\n{_certainty(sets)}" for name, sets in content["references"].items()]
+    elif "rows" in content:
+        parts.append(_quality(content["rows"]))
+    else:
+        single = len(content["tables"]) == 1
+        parts += [("" if single else f"### {name}\n\n") + _quality(rows) for name, rows in content["tables"].items()]
+    return "\n\n".join(parts)
+
+
+def _about(content: dict[str, Any]) -> str:
+    """The command, and what is known of when and where it ran."""
+    if "about" in content:
+        about = content["about"]
+        lines = [f"`{_command(about)}`" if about.startswith(("python", "diffusers-dq")) else "", _rest(about)]
+    else:
+        lines = [f"`{_table_command(content['options'])}`", "features and reference as in tables-w4a8-outliers.json"]
+    if "sampling" in content:
+        lines.append(f"{content['sampling']['images']:,} pictures a row, {content['sampling']['steps']} DDIM steps")
+    if "date" in content:
+        source = f", commit {content['commit'][:12]}" if content.get("commit") else ""
+        torch_version, diffusers_version = (content["versions"][name] for name in ("torch", "diffusers"))
+        lines.append(
+            f"{content['date'][:10]}, {content['hardware']}, {content['threads']} thread, torch {torch_version},"
+            f" diffusers {diffusers_version}{source}"
+        )
+    return "\n\n".join(f"{line}." if line[-1] not in "`.)" else line for line in lines if line)
+
+
+def _table_command(options: dict[str, Any]) -> str:
+    named = " ".join(
+        f"--{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+        for name in ("table", "bits", "images", "steps", "methods")
+        for value in (options[name],)
+    )
+    return f"python examples/tables.py {named}{' --outliers' * options['outliers']}"
+
+
+def _certainty(sets: dict[str, dict[str, float]]) -> str:
+    rows = [
+        (name, f"{row['FID']:.2f}", *(f"{row[key]:.3f}" if key in row else "" for key in ("mean", "sd")))
+        for name, row in sets.items()
     ]
-    for bits, rows in other["tables"].items():
-        parts.append(f"## {bits} with outliers\n\n`{_command(other['about'])}`\n\n{_quality(rows)}")
-    parts.append(f"## Ablations at W4A8\n\n`{_command(ablations['about'])}`")
-    parts += [f"### {name}\n\n{_quality(rows)}" for name, rows in ablations["tables"].items()]
-    parts.append("## Speed")
-    parts += [_speed(path) for path in sorted((ROOT / "kernels" / "benchmarks" / "results").glob("step-*.json"))]
-    return "\n\n".join(parts) + "\n"
+    return table(("", "FID", "less full precision's, mean of draws", "standard deviation"), rows)
 
 
 def _command(about: str) -> str:
@@ -258,7 +318,7 @@ def _command(about: str) -> str:
 
 
 def _rest(about: str) -> str:
-    return about[len(_command(about)) :].strip(" ;")
+    return about[len(_command(about)) :].strip(" ;") if about.startswith(("python", "diffusers-dq")) else about
 
 
 _COLUMNS = ("PSNR", "SSIM", "FID", "sFID", "IS", "precision", "recall", "FID to full precision")
@@ -341,6 +401,8 @@ def completion_list() -> str:
 def main() -> None:
     for name, make in PAGES.items():
         (DOCS / name).write_text(make())
+    page = ROOT / "README.md"
+    page.write_text(readme.written(page.read_text()))
     LIST.write_text(completion_list())
 
 

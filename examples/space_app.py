@@ -22,6 +22,7 @@ import diffusers_dq as dq
 from diffusers_dq.commands.demo import MODEL
 from diffusers_dq.denoise import quiet, run_call
 from diffusers_dq.evaluation import psnr, ssim
+from diffusers_dq.evaluation.loading import class_labels
 from diffusers_dq.opensora.loading import pipeline_class
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -68,12 +69,13 @@ def load(model: str) -> DiffusionPipeline:
 
 
 def names_of(pipe: DiffusionPipeline) -> tuple[str, ...]:
-    """Of the classes, by number; () for a pipeline that takes prompts."""
+    """Of the classes, in the order of their numbers, which stand for names that the pipeline does not give; () for a
+    pipeline that takes prompts."""
     named: dict[str, int] = getattr(pipe, "labels", None) or {}
     first: dict[int, str] = {}
     for name, number in named.items():
         first.setdefault(number, name)
-    return tuple(first[number] for number in sorted(first))
+    return tuple(first.get(number, str(number)) for number in class_labels(pipe, None))
 
 
 def side_by_side(pair: Pair, what: str, *, seed: int, steps: int, pictures: int = 4, guidance: float = 1.5) -> Shown:
@@ -88,9 +90,9 @@ def side_by_side(pair: Pair, what: str, *, seed: int, steps: int, pictures: int 
             f"expected a seed from 0 to 2^63 - 1, steps from 1 and 1 to {MOST_PICTURES} pictures,"
             f" got {seed}, {steps}, {pictures}"
         )
-    given: dict[str, Any] = {"class_labels": [pair.labels.index(what)] * pictures}
-    if not pair.labels:
-        given = {"prompt": [what] * pictures}
+    given: dict[str, Any] = {"prompt": [what] * pictures}
+    if pair.labels:
+        given = {"class_labels": [pair.labels.index(what)] * pictures}
     call = given | {"guidance_scale": guidance}
     images, seconds = [], []
     for pipe in (pair.reference, pair.quantized):

@@ -23,6 +23,15 @@ from diffusers_dq.hardware import cpu_field, name_of, version_of, versions
 OPS = tuple(name for name in ops.__all__ if hasattr(getattr(ops, name), "op"))  # those of torch.library
 # What an extra's absence means, where its name does not say it.
 _WITHOUT = {"text": "pipelines with a text encoder cannot be loaded, class-conditional ones can"}
+# How the CPU forms of ops compute that are more than torch's elementwise operations.
+_CPU_WAYS = {
+    "linear_w8a8": "int8 product by torch._int_mm (oneDNN)",
+    "linear_w4a8": "unpacked to int8, product by torch._int_mm (oneDNN)",
+    "linear_grouped": "unpacked to int8, a product by torch._int_mm (oneDNN) for each group",
+    "linear_w8a16": "weight widened to floating point, product by torch.mm",
+    "linear_w4a16": "weight unpacked and widened to floating point, product by torch.mm",
+    "attention_int8": "two integer products about a softmax, in blocks",
+}
 _LITTLE = 5 * 2**30  # bytes: less than many a published transformer
 
 
@@ -48,7 +57,7 @@ def doctor(json: Json = False) -> None:
         "versions": installed,
         "devices": _devices(),
         "backends": {
-            device: {op: {"backend": name, "reason": reason} for op, (name, reason) in found.items()}
+            device: {op: {"backend": name, "why": _why(op, name, reason)} for op, (name, reason) in found.items()}
             for device, found in backends.items()
         },
         "cache": {"folder": HF_HUB_CACHE, "free_bytes": _free(Path(HF_HUB_CACHE))},
@@ -58,6 +67,15 @@ def doctor(json: Json = False) -> None:
     emit(content, _text(content, findings), as_json=json)
     if not content["healthy"]:
         raise typer.Exit(1)
+
+
+def _why(op: str, backend: str, reason: str | None) -> str:
+    """reason: why it is not the quick form, None where it is."""
+    if reason is not None:
+        return reason
+    if backend == "triton":
+        return f"Triton {version_of('triton')}, a kernel for {torch.cuda.get_device_name()}"
+    return _CPU_WAYS.get(op, "torch's vectorised operations; fused where torch.compile is used")
 
 
 def _packages() -> tuple[dict[str, str | None], list[Finding]]:
@@ -136,8 +154,15 @@ def _hardware() -> list[Finding]:
 
 
 def _arithmetic(devices: list[str]) -> list[Finding]:
-    """Runs the int8 product on each device and compares it with int64 arithmetic, which it must equal exactly."""
-    return [_tried(f"int8 product on {device}", functools.partial(_product, device)) for device in devices]
+    """Runs the int8 products on each device and compares them with int64 arithmetic, which they must equal exactly,
+    and rounds a tensor per token, of which no value may be off by more than half a step."""
+    checks: dict[str, Callable[[str], bool]] = {
+        "int8 product": _product,
+        "int4 product": _packed_product,
+        "rounding per token": _rounding,
+    }
+    return [_tried(f"{name} on {device}", functools.partial(check, device)) for device in devices
+            for name, check in checks.items()]  # fmt: skip
 
 
 def _tried(what: str, check: Callable[[], bool]) -> Finding:
@@ -147,7 +172,7 @@ def _tried(what: str, check: Callable[[], bool]) -> Finding:
         return Finding("broken", f"{what} fails: {' '.join(str(error).split())[:300]}", "reinstall torch and triton")
     if not right:
         return Finding("broken", f"{what} gives wrong numbers", "report it, with the versions above")
-    return Finding("ok", f"{what} is exact")
+    return Finding("ok", f"{what} is right")
 
 
 def _product(device: str) -> bool:
@@ -158,6 +183,24 @@ def _product(device: str) -> bool:
     group = torch.zeros(1, dtype=torch.long, device=device)
     y = ops.linear_w8a8(x.to(device), weight.to(device), *scales, None, None, None, group, torch.int32)
     return torch.equal(y.cpu().long(), x.long() @ weight.long().t())
+
+
+def _packed_product(device: str) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(-128, 128, (32, 64), generator=generator, dtype=torch.int8)
+    weight = torch.randint(-8, 8, (48, 64), generator=generator, dtype=torch.int8)
+    scales = torch.ones(48, device=device), torch.ones(32, device=device)
+    group = torch.zeros(1, dtype=torch.long, device=device)
+    packed = ops.pack_int4(weight).to(device)
+    y = ops.linear_w4a8(x.to(device), packed, *scales, None, None, None, group, torch.int32, None)
+    return torch.equal(y.cpu().long(), x.long() @ weight.long().t())
+
+
+def _rounding(device: str) -> bool:
+    x = torch.randn(32, 64, generator=torch.Generator().manual_seed(0)).to(device)
+    q, scale = ops.quantize_dynamic(x, torch.zeros(1, dtype=torch.long, device=device), None, None, 8)
+    steps = (x / scale.view(-1, 1)).double() - q.double()
+    return bool(steps.abs().max() <= 0.5 + 1e-5)  # fp32's division
 
 
 def _disk() -> list[Finding]:
@@ -190,7 +233,7 @@ def _text(content: dict[str, Any], findings: list[Finding]) -> str:
     for device, found in content["backends"].items():
         lines.append(f"kernels on {device}")
         for op, entry in found.items():
-            lines.append(f"  {op:<22} {entry['backend']:<10} {entry['reason'] or ''}".rstrip())
+            lines.append(f"  {op:<22} {entry['backend']:<10} {entry['why']}")
     cache = content["cache"]
     lines.append(f"models are kept in {cache['folder']}, {cache['free_bytes'] / 2**30:.1f} GiB free")
     lines.append("findings")

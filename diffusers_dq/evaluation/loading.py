@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is to be evaluated, and with which conditions."""
 
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -59,7 +60,8 @@ def class_labels(pipe: DiffusionPipeline, classes: int | None) -> Sequence[int]:
             raise ValueError(f"--classes must be 1 to {known or 'the number of classes'}, got {classes}")
         return range(classes)
     named: Mapping[str, int] = getattr(pipe, "labels", None) or {}
-    return sorted(set(named.values())) or range(known or 0)
+    conditional = "class_labels" in inspect.signature(pipe.__call__).parameters
+    return sorted(set(named.values())) or range(known if known and conditional else 0)
 
 
 def read_prompts(file: Path) -> list[str]:

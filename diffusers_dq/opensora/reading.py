@@ -3,9 +3,9 @@
 
 import json
 import os
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -88,7 +88,7 @@ def _read_file(file: Path) -> Mapping[str, Tensor]:
         return content
     except (OSError, MemoryError):
         raise
-    except pickle.UnpicklingError as error:
+    except UnpicklingError as error:
         raise ValueError(
             f"{file} is damaged or pickles more than tensors, and code from a file is never run here. If you trust the"
             f" file, convert it to .safetensors elsewhere ({first_line(error)})"

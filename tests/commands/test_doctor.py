@@ -29,11 +29,12 @@ def test_it_says_what_backend_each_op_takes_and_why():
     for device, found in content["backends"].items():
         assert {"linear_w8a8", "linear_w4a8", "quantize_dynamic", "attention_int8"} <= found.keys()
         for op, entry in found.items():
-            assert (entry["backend"], entry["reason"]) == ops.backend(op, device)
+            backend, reason = ops.backend(op, device)
+            assert entry["backend"] == backend and len(entry["why"]) > 10 and entry["why"] == (reason or entry["why"])
     assert content["versions"]["torch"] == metadata.version("torch") and content["versions"]["diffusers"]
     assert content["devices"]["cpu"]["threads"] == torch.get_num_threads()
     assert content["cache"]["free_bytes"] > 0 and content["healthy"]
-    assert levels(content)["int8 product on cpu is exact"] == "ok"
+    assert levels(content)["int8 product on cpu is right"] == "ok"
     assert ("cuda" in content["backends"]) == torch.cuda.is_available()
 
 
@@ -102,3 +103,26 @@ def test_a_full_disk_is_advice(monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 2**29}))
     (finding,) = doctor._disk()
     assert finding.level == "advice" and finding.what.startswith(f"0.5 GiB free for {tmp_path}/not/made/yet")
+
+
+def test_every_way_of_computing_is_of_an_op_that_has_it():
+    assert doctor._CPU_WAYS.keys() <= {op for op in doctor.OPS if ops.backend(op, "cpu")[0] == "cpu"}
+    assert {op for op in doctor.OPS if op.startswith(("linear", "attention"))} <= doctor._CPU_WAYS.keys()
+
+
+@pytest.mark.parametrize(
+    ("op", "what"),
+    [
+        ("linear_w4a8", "int4 product on cpu gives wrong"),
+        ("quantize_dynamic", "rounding per token on cpu gives wrong"),
+    ],
+)
+def test_wrong_numbers_of_other_ops_are_found(op, what, monkeypatch):
+    right = getattr(ops, op)
+
+    def wrong(*arguments):
+        found = right(*arguments)
+        return found + 1 if op == "linear_w4a8" else (found[0] + 1, *found[1:])
+
+    monkeypatch.setattr(ops, op, wrong)
+    assert [name for name, level in levels(examined(exit_code=1)).items() if level == "broken"] == [f"{what} numbers"]

@@ -120,7 +120,7 @@ def test_a_field_of_the_heatmap_is_the_linear_of_its_row_at_the_timestep_of_its_
     assert axes.get_ylim()[0] > axes.get_ylim()[1], "the first linear is on top"
     assert axes.get_xlim()[0] < axes.get_xlim()[1], "the first step is on the left"
 
-    assert mesh.norm.vmin, mesh.norm.vmax == tuple(np.percentile([30, 20, 10, 5, 1], (1, 99)))
+    assert (mesh.norm.vmin, mesh.norm.vmax) == tuple(np.percentile([30, 20, 10, 5, 1], (1, 99)))
     shades = [luminance(mesh.cmap(value)[:3], of=1.0) for value in np.linspace(0, 1, 11)]
     assert bar.get_ylabel() == "SNR of the output, dB (dark: worse)"
     assert shades == sorted(shades) and shades[-1] > 10 * shades[0], "a low SNR is dark"
@@ -191,7 +191,7 @@ def test_ranges_are_the_statistics_at_their_timesteps(dit_statistics: Any) -> No
     name = "transformer_blocks.1.attn1.to_q"
     statistics = deepcopy(dit_statistics)
     site = statistics.sites[name]
-    site.visited[4] = False  # what was not reached is not drawn
+    site.minimum[4], site.maximum[4] = torch.inf, -torch.inf  # a step that did not reach it is not drawn
     signed, sizes = activation_ranges(statistics, sites=[name]).axes
     timesteps, low, high = (x[site.visited].numpy() for x in (statistics.timesteps, site.minimum, site.maximum))
     assert len(timesteps) == 9 and len(set(timesteps.tolist())) == 9
@@ -225,7 +225,7 @@ def test_boundaries_are_the_models(dit_statistics: Any, grouped: torch.nn.Module
     name = "transformer_blocks.1.attn1.to_q"
     statistics = deepcopy(dit_statistics)
     if not descending:  # a model whose picture is at the largest timestep
-        statistics = replace(statistics, descending=False)
+        statistics = replace(statistics, timesteps=statistics.timesteps.flip(0))
     figure = activation_ranges(statistics, grouped, [name])
     row = grouped.timestep_boundaries[grouped.get_submodule(name).layout.partition]
     expected = sorted(row[torch.isfinite(row)].tolist())

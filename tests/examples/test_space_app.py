@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from huggingface_hub import RepoCard
+from support import tiny_pipeline, tiny_pixart_pipeline
 
 from diffusers_dq.denoise import run_call
 
@@ -130,3 +131,22 @@ def test_the_folder_of_a_space_is_complete_and_serves_the_page(tmp_path):
                 assert "HTG W4A8 of a DiT for CIFAR-10" in page.read().decode()
         finally:
             process.terminate()
+
+
+def test_a_pipeline_without_names_shows_the_numbers_of_its_classes(app):
+    pipe = tiny_pipeline()
+    assert app.names_of(pipe)[:3] == ("0", "1", "2") and len(app.names_of(pipe)) == 1000
+    assert app.names_of(tiny_pixart_pipeline()) == ()
+
+
+def test_a_pipeline_that_takes_prompts_is_given_the_prompt(app, monkeypatch):
+    given = []
+
+    def run(pipe, call, **settings):
+        given.append(call)
+        return np.full((2, 16, 16, 3), 0.25 * len(given))
+
+    monkeypatch.setattr(app, "run_call", run)
+    pipe = tiny_pixart_pipeline()
+    shown = app.side_by_side(app.Pair(pipe, pipe, "tiny"), "a lighthouse", seed=0, steps=2, pictures=2)
+    assert given == 2 * [{"prompt": ["a lighthouse"] * 2, "guidance_scale": 1.5}] and "PSNR" in shown.summary

@@ -29,11 +29,21 @@ CONFIG = dq.DQConfig(
     modules_to_not_convert=["proj"],
 ).to_dict()
 RECORD = {"format_version": 1, "settings": {"weights": "crc", "steps": [1, 2]}, "values": {"a": 0.5, "b": "inf"}}
+ABOUT = {"hardware": "x", "device": "cpu", "threads": 1, "versions": {}, "driver": None, "date": "", "commit": None}
+TIMES = {"median_ms": 1.0, "quartile_low_ms": 0.5, "quartile_high_ms": 2}
+PROFILE = {"ms": 1.0, "entries": [{"name": "a", "calls": 1, "ms": 0.5}]}
 RESULTS = {
     "format_version": 1,
-    "about": {"hardware": "x", "settings": {"size": "tiny"}},
+    "about": ABOUT | {"dirty": None, "settings": {"rounds": 1, "scope": "smoke", "cuda_graphs": False}},
     "bars": [],
-    "groups": [{"kind": "gemm", "name": "64", "settings": {"m": 1}, "rows": [{"contestant": "ours", "failed": "no"}]}],
+    "groups": [
+        {
+            "kind": "gemm",
+            "name": "64",
+            "settings": {"model": "tiny", "m": 1, "n": 2, "k": 3},
+            "rows": [{"name": "ours", "profile": PROFILE} | TIMES, {"name": "peer", "failed": "no"}],
+        }
+    ],
 }
 DEEP = ["[" * 10**5 + "]" * 10**5, '{"method":' * 10**5 + "1" + "}" * 10**5, "1" * 10**5, "", "\0", "\ud800"]
 

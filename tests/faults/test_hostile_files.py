@@ -5,6 +5,7 @@ import ast
 import json
 import pickle
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,24 @@ def test_a_shard_outside_of_the_folder_is_refused_even_where_it_is_the_right_one
         dq.inspect(folder)
 
 
+def test_statistics_that_config_json_names_are_neither_read_nor_downloaded(dit_folder, tmp_path, monkeypatch):
+    """Of a model in full precision that somebody has published: they would be asked for at any place he likes."""
+    asked = []
+    monkeypatch.setattr(dq.Statistics, "load", lambda *arguments, **keywords: asked.append(arguments))
+    model = DiTTransformer2DModel.from_pretrained(dit_folder, subfolder="transformer")
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for name in ("attacker/repo", "/etc/passwd"):
+        named = dq.DQConfig("htg", statistics=name)
+        (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": named.to_dict()}))
+        for arguments in ({}, {"quantization_config": dq.DQConfig("rtn")}):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # diffusers' own: that of the two configs the file's is taken
+                with pytest.raises(ValueError, match=f"names statistics, '{name}'.* pass quantization_config="):
+                    DiTTransformer2DModel.from_pretrained(tmp_path, **arguments)
+    assert asked == []
+
+
 # Pickles
 
 
@@ -111,7 +130,7 @@ def test_nothing_in_place_of_a_file_that_we_read_is_unpickled(dit_folder, dit_st
         lambda: dq.DQConfig.from_json_file(path),
         lambda: Record(path, {}),
     ):
-        with pytest.raises(ValueError, match="damaged|no JSON file|no checkpoint"):
+        with pytest.raises(ValueError, match="damaged|is not JSON|no checkpoint"):
             read()
     assert not harm.exists()
 

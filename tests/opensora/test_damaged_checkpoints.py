@@ -2,6 +2,7 @@
 """Checkpoints made by somebody who means harm: refused with ValueError before memory or time is spent on them."""
 
 import json
+import math
 import time
 from typing import Any, NamedTuple
 
@@ -155,14 +156,10 @@ def tensors(draw, of):
     kind = draw(st.sampled_from(["shape", "expanded", "view", "dtype", "layout", "transposed", "slice"]))
     of = of if of.ndim and of.layout == torch.strided and of.device.type == "cpu" else torch.ones(2)
     if kind == "expanded":
-        return huge(*draw(st.lists(SIZES, max_size=5).filter(lambda shape: torch.Size(shape).numel() < 2**60)))
+        return huge(*draw(st.lists(SIZES, max_size=5).filter(lambda shape: math.prod(shape) < 2**60)))
     if kind == "shape":
         shape = draw(st.lists(SIZES, max_size=5))
-        return (
-            torch.ones(shape)
-            if torch.Size(shape).numel() < 10**5
-            else torch.ones(draw(SIZES.filter(lambda n: n < 100)))
-        )
+        return torch.ones(shape) if math.prod(shape) < 10**5 else torch.ones(draw(SIZES.filter(lambda n: n < 100)))
     if kind == "dtype":
         return of.to(draw(st.sampled_from([torch.int8, torch.bool, torch.complex64, torch.float16, torch.bfloat16])))
     if kind == "layout":
