@@ -11,7 +11,8 @@ import diffusers_dq_kernels as ops
 from diffusers_dq import affine
 from diffusers_dq.affine import QuantizedWeight
 from diffusers_dq.gptq import quantize_weight_gptq
-from diffusers_dq.linear import InputRounding, LinearLayout, QuantizedLinear
+from diffusers_dq.layout import InputRounding, LinearLayout
+from diffusers_dq.linear import QuantizedLinear
 from diffusers_dq.low_rank import is_worth_it, low_rank_factors
 from diffusers_dq.modulation import Modulation, ModulationLayout
 from diffusers_dq.planning import LinearPlan, ModulationPlan

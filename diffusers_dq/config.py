@@ -16,7 +16,7 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from diffusers_dq.affine import RangeSearch
 from diffusers_dq.checks import check_argument
 from diffusers_dq.files import read_json, write_whole
-from diffusers_dq.linear import NOT_ROUNDED, Bits
+from diffusers_dq.layout import NOT_ROUNDED, Bits
 from diffusers_dq.methods import Method
 from diffusers_dq.methods.base import make_method
 from diffusers_dq.presets import Preset, settings_of

@@ -14,7 +14,8 @@ from diffusers_dq.attention import Softmax
 from diffusers_dq.checks import check_argument
 from diffusers_dq.denoise import TimestepArgument
 from diffusers_dq.files import SEAL
-from diffusers_dq.linear import ACTIVATION_BITS, LinearLayout, QuantizedLinear
+from diffusers_dq.layout import ACTIVATION_BITS, LinearLayout
+from diffusers_dq.linear import QuantizedLinear
 from diffusers_dq.modulation import Modulation, ModulationLayout
 from diffusers_dq.noise_correction import CorrectOutput, NoiseCorrection
 from diffusers_dq.snapshot import Snapshot

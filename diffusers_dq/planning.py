@@ -22,7 +22,7 @@ from diffusers_dq import affine, attention
 from diffusers_dq.attention import Softmax
 from diffusers_dq.config import Bits, DQConfig
 from diffusers_dq.inputs import InputMoments, InputRange, InputSample, static_range
-from diffusers_dq.linear import NOT_ROUNDED
+from diffusers_dq.layout import NOT_ROUNDED
 from diffusers_dq.low_rank import is_worth_it
 from diffusers_dq.methods import Method, Site, Solution
 from diffusers_dq.recipe import Recipe

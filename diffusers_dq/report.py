@@ -12,7 +12,8 @@ from torch import nn
 import diffusers_dq_kernels as ops
 from diffusers_dq.attention import QuantizedAttnProcessor
 from diffusers_dq.denoise import denoiser
-from diffusers_dq.linear import LinearLayout, QuantizedLinear
+from diffusers_dq.layout import LinearLayout
+from diffusers_dq.linear import QuantizedLinear
 from diffusers_dq.modulation import Modulation
 from diffusers_dq.opensora.loading import model_class
 

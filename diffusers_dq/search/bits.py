@@ -18,7 +18,7 @@ from diffusers_dq.allocation import Mode, allocate, allocate_by_group
 from diffusers_dq.config import DQConfig
 from diffusers_dq.costs import Choice
 from diffusers_dq.denoise import Call, denoiser
-from diffusers_dq.linear import NOT_ROUNDED
+from diffusers_dq.layout import NOT_ROUNDED
 from diffusers_dq.search.evolution import Evolution
 from diffusers_dq.search.fitness import Fitness
 from diffusers_dq.search.limits import Budget, LayerCost, checked_budget, priced

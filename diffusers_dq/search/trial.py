@@ -22,7 +22,8 @@ from diffusers_dq.conversion import Conversion
 from diffusers_dq.costs import Choice, stored_bits
 from diffusers_dq.denoise import TimestepArgument
 from diffusers_dq.installation import BOUNDARIES, GROUPS, SelectGroup
-from diffusers_dq.linear import NOT_ROUNDED, Bits, QuantizedLinear
+from diffusers_dq.layout import NOT_ROUNDED, Bits
+from diffusers_dq.linear import QuantizedLinear
 from diffusers_dq.planning import LinearPlan
 from diffusers_dq.statistics import Statistics
 from diffusers_dq.step_policy import StepBits

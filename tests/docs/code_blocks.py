@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Code blocks of Markdown pages, and small stand-ins for what they load from the Hub or put on a GPU.
+"""Code blocks of Markdown pages, and small stand-ins for what they load from the Hub, push to it or put on a GPU.
 
 A block that cannot run here has the reason in a comment on the line before it, `<!-- not executed: reason -->`.
 """
 
 import re
 import runpy
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial, partialmethod
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -114,8 +116,8 @@ def expected(block: Block) -> dict[str, Any]:
 
 @contextmanager
 def stand_ins(folder: Path) -> Iterator[None]:
-    """Within: names of the Hub load tiny pipelines saved in `folder`, "cuda" is the CPU where there is none, searches
-    are small, and nothing that is registered stays so."""
+    """Within: names of the Hub load tiny pipelines saved in `folder`, or what was pushed under them, "cuda" is the CPU
+    where there is none, searches are small, and nothing that is registered stays so."""
     from diffusers_dq.methods import METHODS
     from diffusers_dq.specs import SPECS
 
@@ -127,6 +129,9 @@ def stand_ins(folder: Path) -> Iterator[None]:
             if not saved.exists():
                 STAND_INS[name]().save_pretrained(saved)
             name = saved
+        elif (pushed := _place(folder, str(name), kwargs.get("revision"))).exists():
+            name = pushed
+            kwargs.pop("revision", None)
         pipe = load(cls, name, *args, **kwargs)
         pipe.set_progress_bar_config(disable=True)
         return pipe
@@ -139,8 +144,40 @@ def stand_ins(folder: Path) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DiffusionPipeline, "from_pretrained", classmethod(from_pretrained))
         patch.setattr(DiffusionPipeline, "to", to)
+        _hub_in(folder, patch)
         for name, arguments in SMALLER.items():
             patch.setattr(dq, name, partial(getattr(dq, name), progress=False, **arguments))
         for registry in (METHODS, SPECS):
             patch.setattr(registry, "_entries", dict(registry._entries))
         yield
+
+
+def _place(folder: Path, repo_id: str, revision: str | None) -> Path:
+    return folder / "hub" / repo_id / (revision or "main")
+
+
+def _hub_in(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """In place of the Hub's client: repositories are folders, a folder for each branch. What is uploaded, and the card,
+    is made by the code itself."""
+    from huggingface_hub import HfApi
+
+    from diffusers_dq import hub, statistics
+
+    def fetch(repo_id: str, filename: str, *, revision: str | None = None, token: Any = None) -> Path:
+        file = _place(folder, repo_id, revision) / filename
+        if not file.exists():
+            raise FileNotFoundError(f"no {filename} was pushed to {repo_id} at {revision or 'main'}")
+        return file
+
+    def send(api: Any, repo_id: str, files: Mapping[str, Path], *, revision: str | None, **about: Any) -> Any:
+        for path, file in files.items():
+            target = _place(folder, repo_id, revision) / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target)
+        return SimpleNamespace(commit_url=f"https://huggingface.co/{repo_id}", pr_url=None)
+
+    for module in (hub, statistics):
+        patch.setattr(module, "fetch", fetch)
+        patch.setattr(module, "send", send)
+        patch.setattr(module, "open_repository", lambda api, repo_id, *, private, revision: (repo_id, revision))
+    patch.setattr(HfApi, "list_repo_files", lambda self, repo_id, *, revision: [])

@@ -71,6 +71,8 @@ def wrong_with(words: list[str]) -> str:
             extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
             asked = [extra for word in what for extra in re.findall(r"[\w-]+", "".join(re.findall(r"\[(.+)\]", word)))]
             return ", ".join(f"no extra {extra}" for extra in asked if extra not in extras)
+        case ["diffusers-dq", "--install-completion"]:
+            return ""
         case ["diffusers-dq", name, *arguments]:
             return wrong_with_arguments(load(name), arguments) if name in COMMANDS else f"no command {name}"
         case ["accelerate", "launch", *rest] if "diffusers-dq" in rest:
@@ -79,20 +81,30 @@ def wrong_with(words: list[str]) -> str:
 
 
 def wrong_with_arguments(command: Any, arguments: list[str]) -> str:
+    """What the command itself says to them, without running it."""
     while arguments and hasattr(command, "commands"):
         if arguments[0] not in command.commands:
             return f"no command {arguments[0]}"
         command, arguments = command.commands[arguments[0]], arguments[1:]
-    known = {name for parameter in command.params for name in parameter.opts} | {"--help"}
-    asked = [word.partition("=")[0] for word in arguments if word.startswith("--")]
-    return ", ".join(f"no option {option}" for option in asked if option not in known)
+    try:
+        command.make_context(command.name, list(arguments))
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # of typer's own errors alone
+            raise
+        return str(error.format_message())
+    return ""
 
 
 def test_wrong_commands_are_found():
     assert wrong_with(["make", "coffee"]) == "no target coffee"
     assert wrong_with(["python", "examples/none.py"]) == "no file examples/none.py"
     assert wrong_with(["pip", "install", ".[eval,none]"]) == "no extra none"
-    assert wrong_with(["diffusers-dq", "evaluate", "MODEL", "--nonesuch", "1"]) == "no option --nonesuch"
+    assert "No such option: --nonesuch" in wrong_with(["diffusers-dq", "evaluate", "MODEL", "--nonesuch", "1"])
+    assert "Missing" in wrong_with(["diffusers-dq", "evaluate", "MODEL"])
+    assert "is not a valid int" in wrong_with(["diffusers-dq", "inspect", "MODEL", "--component"]) or wrong_with(
+        ["diffusers-dq", "evaluate", "MODEL", "-o", "OUT", "--images", "many"]
+    )
+    assert "expected one of float32" in wrong_with(["diffusers-dq", "inspect", "MODEL", "--dtype", "int8"])
     assert wrong_with(["diffusers-dq", "none"]) == "no command none"
     assert wrong_with(["curl", "x"])
     assert not wrong_with(["diffusers-dq", "evaluate", "MODEL", "--output", "OUT", "--images", "5000"])

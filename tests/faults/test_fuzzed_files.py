@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 
 import diffusers_dq as dq
 from diffusers_dq.files import SEAL, read_tensors, sealed, write_tensors
-from diffusers_dq.linear import LinearLayout, QuantizedLinear
+from diffusers_dq.layout import LinearLayout
+from diffusers_dq.linear import QuantizedLinear
 
 SPARE = 1 << 30  # bytes that loading a file of some 400 kB may map
 
