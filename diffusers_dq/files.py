@@ -4,6 +4,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 import zlib
@@ -24,7 +25,7 @@ except ImportError:  # Windows: what killed writers left stays
 
 SEAL = "checksum"  # in the result of config.json's quantization_config
 _KEY = "diffusers_dq"  # of what is ours in a safetensors file's metadata
-_CHECKSUM = "diffusers_dq_checksum"
+_CHECKSUM = re.compile("[0-9a-f]{8}")  # before it
 _UNFINISHED, _LOCK = ".unfinished", "lock"  # a folder of `replacing`, and what is in it
 
 
@@ -41,6 +42,8 @@ def replacing(target: Path) -> Iterator[Path]:
     Raises OSError, naming target, where it cannot be written, as on a full disk.
     """
     place = Path(os.path.realpath(target))
+    if place.exists() and not (place.is_file() or place.is_dir()):
+        raise OSError(f"cannot write {target}: it is a device or a pipe; give the name of a file")
     try:
         with workplace(place) as folder:
             unfinished = folder / place.name
@@ -163,7 +166,8 @@ def write_tensors(target: Path, tensors: Mapping[str, Tensor], header: Any) -> N
     """One safetensors file.   header: JSON-able.   Raises OSError as `replacing` does."""
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     text = json.dumps(header)
-    metadata = {_KEY: text, _CHECKSUM: Checksum.of(contiguous).with_text(text)}
+    # in one entry: safetensors writes several in any order, and the same statistics must be the same file
+    metadata = {_KEY: f"{Checksum.of(contiguous).with_text(text)} {text}"}
     with replacing(target) as unfinished:
         save_file(contiguous, unfinished, metadata=metadata)
 
@@ -178,14 +182,19 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[Any, dict[str, Tensor]]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a dict
-        text = metadata.get(_KEY, "null")
+        known, text = _parts(metadata.get(_KEY, "null"))
         header = json.loads(text)
     except (SafetensorError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged or cut short ({error})") from error
-    known = metadata.get(_CHECKSUM)
     if known is not None and known != Checksum.of(tensors).with_text(text):
         raise ValueError(f"{path} is damaged: its contents are not what was written, by their checksum")
     return header, tensors
+
+
+def _parts(entry: str) -> tuple[str | None, str]:
+    """(checksum, header); without a checksum as in an earlier version's or another's file."""
+    known, space, text = entry.partition(" ")
+    return (known, text) if space and _CHECKSUM.fullmatch(known) else (None, entry)
 
 
 def sealed(result: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -199,7 +208,8 @@ def sealed(result: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str
 
 def check_seal(result: Mapping[str, Any], tensors: Checksum) -> None:
     """Raises ValueError where the tensors that were read are not those that `sealed` saw. A result without a checksum,
-    as earlier versions wrote, is not compared."""
+    as earlier versions wrote, is not compared; nor are the model's own fields of config.json, which diffusers extends.
+    """
     if SEAL in result and result[SEAL] != _seal(result, tensors):
         raise ValueError(
             "config.json and the weights were not saved together, by the checksum in config.json: saving was"

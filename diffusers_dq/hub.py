@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`dq.push_to_hub`: a quantized model with a card that says what it is, in one commit."""
 
-import fnmatch
 import json
 import logging
 import os
@@ -20,7 +19,9 @@ from diffusers_dq.cards import GRID, Card, check_publishable, make_card, read_ca
 from diffusers_dq.config import DQMethod
 from diffusers_dq.denoise import DENOISERS, denoiser
 from diffusers_dq.evaluation import Comparison
+from diffusers_dq.files import workplace
 from diffusers_dq.repository import explained, fetch, open_repository, send, split_repository
+from diffusers_dq.saving import family
 from diffusers_dq.statistics import FILENAME, Statistics
 
 logger = logging.getLogger(__name__)
@@ -71,11 +72,15 @@ def push_to_hub(
     subfolder: of a transformer alone; diffusers finds pipelines at the top only.
     token: else HF_TOKEN or that of `hf auth login`.   create_pr: propose it instead, as a pull request.
 
-    A README.md that is there keeps its text: see `Card.render`. The card is always at the top, where the Hub shows it.
+    A README.md that is there keeps its metadata and its text outside the card's two markers. The card is always at the
+    top, where the Hub shows it.
     Where on this disk the model and its statistics came from is taken out of the configurations that are uploaded.
 
-    Raises, before any network, ValueError for what cannot be published (`check_publishable`, `make_card`); where a
-    private repository is asked for and a public one is there; and as `repository.explained` says.
+    Raises, before any network, ValueError for what cannot be published (not quantized, adapters in it, markers of the
+    card that are damaged, statistics of another part) or where a private repository is asked for and a public one is
+    there. Of the Hub: FileNotFoundError for a revision that is not there, PermissionError for a token that is missing,
+    wrong or may not write, ConnectionError without a network or where the server broke off, RuntimeError where
+    somebody else changed the repository in between.
     """
     is_pipeline = isinstance(pipe_or_transformer, DiffusionPipeline)
     of_parts, about, _ = _checked(
@@ -90,8 +95,8 @@ def push_to_hub(
     )
     parts, subfolder = check_publishable(pipe_or_transformer), about["subfolder"]
     api = HfApi(token=token)
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
+    with workplace(Path(tempfile.gettempdir(), "diffusers_dq-push")) as temporary:
+        folder = temporary / "files"
         model = folder / subfolder
         saved = pipe_or_transformer if is_pipeline else denoiser(pipe_or_transformer)
         saved.save_pretrained(model)
@@ -119,7 +124,7 @@ def push_to_hub(
             existing = fetch(repo_id, README, revision=parent, token=token).read_text(encoding="utf-8-sig")
         (folder / README).write_text(card.render(existing), encoding="utf-8")
         files = {str(file.relative_to(folder).as_posix()): file for file in folder.rglob("*") if file.is_file()}
-        stale = [f"{place.relative_to(folder).as_posix()}/{_WEIGHTS}".removeprefix("./") for place in places.values()]
+        written = {_family(file) for file in files}
         return send(
             api,
             repo_id,
@@ -128,7 +133,7 @@ def push_to_hub(
             revision=revision,
             parent=parent,
             create_pr=create_pr,
-            delete=[p for p in there if p not in files and any(_matches(p, glob) for glob in stale)],
+            delete=[file for file in there if file not in files and _family(file) in written],
         )
 
 
@@ -248,9 +253,10 @@ def _tell_of_prompts(statistics: Statistics, repo_id: str) -> None:
         )
 
 
-def _matches(path: str, glob: str) -> bool:
-    """In the same folder."""
-    return path.count("/") == glob.count("/") and fnmatch.fnmatchcase(path, glob)
+def _family(path: str) -> tuple[str, str]:
+    """Of a shard or an index, the folder and the file of weights that it stands for."""
+    folder, _, name = path.rpartition("/")
+    return folder, family(name)
 
 
 def _by_part(statistics: Any, parts: list[str]) -> dict[str, Statistics]:

@@ -35,9 +35,9 @@ def save_whole(save: Callable[..., Any], save_directory: str | os.PathLike[str],
         written = sorted((folder / place.name).iterdir())
         for file in written:
             os.replace(file, place / file.name)
-    families = {_family(file.name) for file in written}
+    families = {family(file.name) for file in written}
     for file in place.iterdir():
-        if _family(file.name) in families and file.name not in {new.name for new in written}:
+        if family(file.name) in families and file.name not in {new.name for new in written}:
             file.unlink()
     to_disk(place)
 
@@ -47,7 +47,7 @@ def _all_to_disk(folder: Path) -> None:
         to_disk(file)
 
 
-def _family(name: str) -> str:
+def family(name: str) -> str:
     """Of a shard or an index, the file of weights that it stands for."""
     index = _INDEX.fullmatch(name)
     return f"{index['stem']}{index['variant'] or ''}.safetensors" if index else _SHARD.sub("", name)

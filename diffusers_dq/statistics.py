@@ -16,7 +16,7 @@ import torch
 from huggingface_hub import CommitInfo, HfApi
 from torch import Tensor, nn
 
-from diffusers_dq.files import check_writable, read_tensors, write_tensors
+from diffusers_dq.files import check_writable, read_tensors, workplace, write_tensors
 from diffusers_dq.model_inputs import ModelInput, pack, unpack
 from diffusers_dq.repository import fetch, open_repository, send, split_repository
 
@@ -112,7 +112,7 @@ class Statistics:
 
     timesteps: [S] fp32 in the model's own units, in the order of denoising (noisiest first).
     sites: by name; a LinearGroup's is its first linear, an attention operand's is `<linear>:output`.
-    fingerprint: a sample of the weights, by which the checkpoint is known again (see `fingerprint_of`).
+    fingerprint: a sample of the weights, by which the checkpoint is known again.
     about: JSON-able facts: model class, seed, number of steps and calls, scheduler, versions.
     samples: whole inputs of some forwards, evenly spread over the steps (model_inputs.py).
     """
@@ -233,10 +233,10 @@ class Statistics:
     ) -> CommitInfo:
         """Upload as one file of a repository, which is made if it is not there; `Statistics.load(repo_id)` reads it.
 
-        The file names the arguments of the calibrated calls, prompts among them. Raises as `repository.explained`.
+        The file names the arguments of the calibrated calls, prompts among them. Raises as `dq.push_to_hub` does.
         """
         api = HfApi(token=token)
-        with tempfile.TemporaryDirectory() as folder:
+        with workplace(Path(tempfile.gettempdir(), "diffusers_dq-push")) as folder:
             self.save(Path(folder, FILENAME))
             repo_id, parent = open_repository(api, repo_id, private=private, revision=revision)
             return send(
@@ -261,8 +261,8 @@ class Statistics:
         """From a file or, where there is none, from a repository on the Hub, "user/repo" or "user/repo@revision".
 
         filename: in the repository, or in a folder.   revision, token: of the repository.
-        Raises FileNotFoundError, ValueError where the file is not a whole, known statistics file, and for a
-        repository as `repository.explained` says.
+        Raises FileNotFoundError, ValueError where the file is not a whole, known statistics file, and of a repository
+        PermissionError for one that is gated and ConnectionError without a network.
         """
         path = _located(path, revision, filename, token)
         try:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The measured figures of README.md and choosing.md, from the committed results.
 
-`written` fills the tables between `<!-- begin: NAME, by docs/generate.py -->` and `<!-- end: NAME -->`. `SENTENCES` are
-what the prose says with figures in it, made from the results too: tests/docs/test_figures.py looks for each of them.
+`written` fills the tables between `<!-- begin: NAME, by docs/generate.py -->` and `<!-- end: NAME -->`. `SENTENCES`
+are what the prose says with figures in it, made from the results too: tests/docs/test_figures.py looks for each.
 """
 
 import json
@@ -121,8 +121,18 @@ def presets_table() -> str:
 
 
 def speed_table() -> str:
-    names = {"bf16": "bf16", "fp32": "fp32", "HTG W8A8 static": "HTG W8A8", "RTN W8A8 dynamic": "RTN W8A8 dynamic",
-             "HTG W4A8 static": "HTG W4A8", "torchao int8 dynamic": "torchao int8 dynamic", "SDNQ int8": "SDNQ int8"}  # fmt: skip
+    names = {
+        name: name.replace(" static", "")
+        for name in (
+            "bf16",
+            "fp32",
+            "HTG W8A8 static",
+            "RTN W8A8 dynamic",
+            "HTG W4A8 static",
+            "torchao int8 dynamic",
+            "SDNQ int8",
+        )
+    }
     measured = _step()
     rows = []
     for mode in ("eager", "compiled"):
@@ -241,6 +251,10 @@ def _ablation_cells() -> list[str]:
         rows = _rows("tables-ablations.json", table)
         return lambda label: rounded(rows[label]["PSNR"], 1)
 
+    def cost(table: str, without: str, label: str) -> str:
+        rows = _rows("tables-ablations.json", table)
+        return f"{rows[without]['PSNR'] - rows[label]['PSNR']:.1f}"
+
     htg, ptq, qdit, viditq = map(at, ("htg", "ptq4dit", "qdit", "viditq"))
     return [
         f"none {htg('none')}, + shift {htg('+ shift')}, + scale {htg('+ scale')}, both {htg('+ shift, scale')};"
@@ -249,6 +263,8 @@ def _ablation_cells() -> list[str]:
         f"range search {ptq('baseline')}, + CSB {ptq('+ CSB')}, + SSC {ptq('+ CSB, SSC')}; of samples, as the code"
         f" {ptq('+ CSB, SSC of samples')}; range search + AdaRound {ptq('baseline + AdaRound')}, all"
         f" {ptq('+ CSB, SSC, AdaRound')}",
+        f"The shift on top of the scale costs {cost('htg', '+ scale', '+ shift, scale')} dB",
+        f"SSC costs {cost('ptq4dit', '+ CSB', '+ CSB, SSC')} dB",
         f"static {qdit('RTN, static')}, + groups of 32 {qdit('+ groups')}, + dynamic {qdit('+ groups, dynamic')};"
         f" groups of 64 {qdit('groups of 64, dynamic')}, sizes searched at their BitOps"
         f" {qdit('sizes searched, at the BitOps of 64')}",

@@ -2,6 +2,7 @@
 """Checksums notice every change, and files are replaced whole; what kills and full disks do is in tests/faults."""
 
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -56,6 +57,21 @@ def test_what_is_written_is_read(tmp_path):
     assert tensors.keys() == TENSORS.keys()
     assert all(torch.equal(tensors[name], TENSORS[name]) for name in TENSORS)
     assert [path.name for path in tmp_path.iterdir()] == ["f"]
+
+
+def test_the_same_content_is_the_same_file(tmp_path):
+    contents = set()
+    for i in range(8):
+        write_tensors(tmp_path / str(i), TENSORS, {"z": 1, "a": [None]})
+        contents.add((tmp_path / str(i)).read_bytes())
+    assert len(contents) == 1
+
+
+def test_a_device_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="is a device or a pipe"):
+        write_json(tmp_path / "pipe", {})
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"] and not (tmp_path / "pipe").is_file()
 
 
 def test_one_bit_of_a_value_is_noticed_unless_there_is_no_checksum(tmp_path):

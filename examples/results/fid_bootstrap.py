@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How certain a difference of two FIDs is: sets of pictures that examples/tables.py made, drawn again with replacement.
+"""How certain a difference of two FIDs is: sets of pictures of examples/tables.py, drawn again with replacement.
 
-    python examples/results/fid_bootstrap.py tables --reference test.features.npz --steps 50 --output fid-bootstrap.json
+    python examples/results/fid_bootstrap.py tables --reference test.features.npz --steps 50 --output fid.json
 
 The same draw of picture numbers serves all sets, as the same seeds made them: a difference is one of pairs. The
 reference is not drawn again.

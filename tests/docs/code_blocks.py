@@ -157,8 +157,8 @@ def _place(folder: Path, repo_id: str, revision: str | None) -> Path:
 
 
 def _hub_in(folder: Path, patch: pytest.MonkeyPatch) -> None:
-    """In place of the Hub's client: repositories are folders, a folder for each branch. What is uploaded, and the card,
-    is made by the code itself."""
+    """In place of the Hub's client: repositories are folders, a folder for each branch. What is uploaded, and the
+    card, is made by the code itself."""
     from huggingface_hub import HfApi
 
     from diffusers_dq import hub, statistics

@@ -101,9 +101,7 @@ def test_wrong_commands_are_found():
     assert wrong_with(["pip", "install", ".[eval,none]"]) == "no extra none"
     assert "No such option: --nonesuch" in wrong_with(["diffusers-dq", "evaluate", "MODEL", "--nonesuch", "1"])
     assert "Missing" in wrong_with(["diffusers-dq", "evaluate", "MODEL"])
-    assert "is not a valid int" in wrong_with(["diffusers-dq", "inspect", "MODEL", "--component"]) or wrong_with(
-        ["diffusers-dq", "evaluate", "MODEL", "-o", "OUT", "--images", "many"]
-    )
+    assert "'many'" in wrong_with(["diffusers-dq", "evaluate", "MODEL", "-o", "OUT", "--images", "many"])
     assert "expected one of float32" in wrong_with(["diffusers-dq", "inspect", "MODEL", "--dtype", "int8"])
     assert wrong_with(["diffusers-dq", "none"]) == "no command none"
     assert wrong_with(["curl", "x"])

@@ -297,12 +297,14 @@ def test_quality_against_size_joins_what_nothing_beats() -> None:
 DEMO = Path(__file__).parents[2] / "examples" / "results" / "demo.json"
 
 
-@pytest.mark.parametrize("which", ["demo", "crowd"])
+@pytest.mark.parametrize("which", ["demo", "crowd", "close"])
 def test_a_label_covers_no_line_no_point_and_no_other_label(which: str) -> None:
     points = {f"model {i}": (1_000_000 + 2000 * (i % 3), 30.0 + i / 3) for i in range(9)}
     if which == "demo":
         models = json.loads(DEMO.read_text())["models"]
         points = {name: (row["bytes"], row["psnr_db"]) for name, row in models.items() if row["psnr_db"]}
+    if which == "close":
+        points = {"a": (1_000_000, 30.0), "b": (1_030_000, 30.1), "c": (1_900_000, 40.0), "d": (2_000_000, 40.1)}
     figure = quality_against_size(points)
     figure.draw_without_rendering()
     (axes,) = figure.axes
