@@ -380,4 +380,6 @@ class _Recorder:
             self._site_of |= dict.fromkeys(site.linears, name)
             self.observers[name] = self._observer(name)
             self.observers[name].load_tensors(site.tensors())
+        if "calls_done" not in saved.about:
+            raise OfAnotherRun(f"{checkpoint} does not say how many calls it is of: it is no checkpoint of calibrate")
         return int(saved.about["calls_done"])
