@@ -76,11 +76,12 @@ def push_to_hub(
     top, where the Hub shows it.
     Where on this disk the model and its statistics came from is taken out of the configurations that are uploaded.
 
-    Raises, before any network, ValueError for what cannot be published (not quantized, adapters in it, markers of the
-    card that are damaged, statistics of another part) or where a private repository is asked for and a public one is
-    there. Of the Hub: FileNotFoundError for a revision that is not there, PermissionError for a token that is missing,
-    wrong or may not write, ConnectionError without a network or where the server broke off, RuntimeError where
-    somebody else changed the repository in between.
+    Raises, before any network, ValueError for what cannot be published: a model that is not quantized or carries an
+    adapter, statistics of another one, a call that cannot be written down. Later, before anything is uploaded, where a
+    private repository is asked for and a public one is there, and for a README.md that cannot be kept. Of the Hub:
+    FileNotFoundError for a revision that is not there, PermissionError for a token that is missing, wrong or may not
+    write, ConnectionError without a network or where the server broke off, RuntimeError where somebody else changed
+    the repository in between.
     """
     is_pipeline = isinstance(pipe_or_transformer, DiffusionPipeline)
     of_parts, about, _ = _checked(
@@ -194,12 +195,15 @@ def _checked(
             f"subfolder={subfolder!r} is for a transformer alone: diffusers loads pipelines from the top of a"
             " repository; give another revision or another repository"
         )
+    within = (subfolder or "").strip("/")
+    if within and ({".", "..", ""} & set(within.split("/")) or "\\" in within):
+        raise ValueError(f"subfolder must be a folder inside the repository, as 'transformer-w4', got {subfolder!r}")
     of_parts = _by_part(statistics, list(parts))
     about: dict[str, Any] = {
         "statistics": of_parts,
         "metadata": {key: value for key, value in metadata.items() if value is not None},
         "revision": "" if revision in (None, "main") or str(revision).startswith("refs/pr/") else str(revision),
-        "subfolder": (subfolder or "").strip("/"),
+        "subfolder": within,
         **more,
     }
     card = make_card(pipe_or_transformer, repo_id, **about)

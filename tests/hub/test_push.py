@@ -85,7 +85,9 @@ def test_what_a_later_push_replaces_and_keeps(hub: Hub, users: Users, quantized)
     """Weights that a loader would take for its own are removed, in the same commit; text of people is kept."""
     users.does(PUSH, repo="user/tiny", **quantized)
     repository = hub.repositories["user/tiny"]
-    stale = {"transformer/diffusion_pytorch_model.safetensors.index.json": b"{}", "notes.txt": b"mine"}
+    of_an_index = {f"{part}/diffusion_pytorch_model.safetensors.index.json": b"{}" for part in ("transformer", "vae")}
+    kept = {"notes.txt": b"mine", "vae/another.safetensors": b"mine"}
+    stale = {**of_an_index, "vae/diffusion_pytorch_model-00001-of-00002.safetensors": b"half", **kept}
     card = repository.files()["README.md"].decode()
     assert "- w8a8\n" in card
     edited = card.replace("\n---\n", "\nlicense: mit\n---\nHand-written above.\n", 1) + "\nHand-written below.\n"
@@ -93,7 +95,7 @@ def test_what_a_later_push_replaces_and_keeps(hub: Hub, users: Users, quantized)
     users.does('dq.push_to_hub(DiTPipeline.from_pretrained(rtn), "user/tiny")', **quantized)
     files = repository.files()
     assert len(repository.messages) == 4
-    assert "transformer/diffusion_pytorch_model.safetensors.index.json" not in files and files["notes.txt"] == b"mine"
+    assert not files.keys() & (stale.keys() - kept.keys()) and kept.items() <= files.items()
     card = files["README.md"].decode()
     assert card.startswith("---\n") and "license: mit\n" in card and "- w4a8\n" in card and "- w8a8\n" not in card
     assert card.index("Hand-written above.") < card.index("diffusers_dq: begin") < card.index("Hand-written below.")
@@ -134,6 +136,10 @@ REFUSED = {
     "subfolder": (
         "pipe = DiTPipeline.from_pretrained(rtn)\nextra = dict(subfolder='here')",
         "subfolder='here' is for a transformer alone",
+    ),
+    "subfolder outside": (
+        "pipe = DiTPipeline.from_pretrained(rtn).transformer\nextra = dict(subfolder='a/../../b')",
+        "subfolder must be a folder inside the repository",
     ),
     "statistics": (
         "pipe = DiTPipeline.from_pretrained(rtn)\nextra = dict(statistics={'encoder': 1})",
