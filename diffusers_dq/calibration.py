@@ -22,11 +22,12 @@ from diffusers_dq.attention import sample_probabilities
 from diffusers_dq.checks import check_argument
 from diffusers_dq.denoise import Call, argument_names, check_calls, denoiser, quiet, run_call, watching_timestep
 from diffusers_dq.files import OfAnotherRun, check_writable
+from diffusers_dq.fingerprint import fingerprint_of
 from diffusers_dq.model_inputs import ModelInput, capture, places
 from diffusers_dq.observers import StepObserver
 from diffusers_dq.replay import blocks_of
 from diffusers_dq.specs import SPECS, AttentionSite, spec_of
-from diffusers_dq.statistics import SiteStatistics, Statistics, fingerprint_of, not_finite
+from diffusers_dq.statistics import SiteStatistics, Statistics, not_finite
 
 logger = logging.getLogger(__name__)
 

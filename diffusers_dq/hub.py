@@ -15,14 +15,16 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import CommitInfo, HfApi, constants
 from huggingface_hub.errors import GatedRepoError, RemoteEntryNotFoundError
 
-from diffusers_dq.cards import GRID, Card, check_publishable, make_card, read_card
+from diffusers_dq.card_facts import check_publishable
+from diffusers_dq.cards import GRID, Card, make_card, read_card
 from diffusers_dq.config import DQMethod
 from diffusers_dq.denoise import DENOISERS, denoiser
 from diffusers_dq.evaluation import Comparison
 from diffusers_dq.files import workplace
 from diffusers_dq.repository import explained, fetch, open_repository, send, split_repository
 from diffusers_dq.saving import family
-from diffusers_dq.statistics import FILENAME, Statistics
+from diffusers_dq.statistics import Statistics
+from diffusers_dq.statistics_file import FILENAME
 
 logger = logging.getLogger(__name__)
 

@@ -16,15 +16,12 @@ import torch
 from huggingface_hub import CommitInfo, HfApi
 from torch import Tensor, nn
 
-from diffusers_dq.files import check_writable, read_tensors, workplace, write_tensors
-from diffusers_dq.model_inputs import ModelInput, pack, unpack
-from diffusers_dq.repository import fetch, open_repository, send, split_repository
+from diffusers_dq.files import workplace
+from diffusers_dq.fingerprint import check_fingerprint
+from diffusers_dq.model_inputs import ModelInput
+from diffusers_dq.repository import open_repository, send
+from diffusers_dq.statistics_file import FILENAME, MOMENTS, Content, located, read, write
 
-FORMAT_VERSION = 1
-FILENAME = "statistics.safetensors"  # in a repository on the Hub
-_FINGERPRINT_TENSORS = 256
-_SITE_TENSORS = ("min", "max", "tokens", "keys")
-_MOMENTS = ("sums", "counts", "products")
 _SHARED_BY_PARTS = ("model_class", "pipeline_class", "scheduler", "num_inference_steps", "dtype", "second_moments")
 
 
@@ -91,7 +88,7 @@ class SiteStatistics:
         )
         if first.products is None:
             return merged
-        added = {name: sum(getattr(part, name) for part in parts) for name in _MOMENTS}
+        added = {name: sum(getattr(part, name) for part in parts) for name in MOMENTS}
         return replace(merged, **added)
 
     def filled(self) -> "SiteStatistics":
@@ -207,18 +204,9 @@ class Statistics:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file; an existing one is replaced only once the new one is whole on disk."""
-        tensors = {"timesteps": self.timesteps, "fingerprint": self.fingerprint}
-        for name, site in self.sites.items():
-            tensors |= {f"{name}/{key}": value for key, value in site.tensors().items()}
-        structures, of_samples = pack(self.samples)
-        tensors |= of_samples
-        header = {
-            "format_version": FORMAT_VERSION,
-            "samples": structures,
-            "about": dict(self.about),
-            "sites": {name: list(site.linears) for name, site in self.sites.items()},
-        }
-        write_tensors(check_writable(path), tensors, header)
+        linears = {name: site.linears for name, site in self.sites.items()}
+        tensors = {name: site.tensors() for name, site in self.sites.items()}
+        write(path, Content(self.about, self.timesteps, self.fingerprint, linears, tensors, self.samples))
 
     def push_to_hub(
         self,
@@ -264,50 +252,11 @@ class Statistics:
         Raises FileNotFoundError, ValueError where the file is not a whole, known statistics file, and of a repository
         PermissionError for one that is gated and ConnectionError without a network.
         """
-        path = _located(path, revision, filename, token)
-        try:
-            header, tensors = read_tensors(path)
-        except ValueError as error:
-            raise ValueError(f"{error}; calibrate again") from error
-        if not isinstance(header, dict) or not {"format_version", "about", "sites"} <= header.keys():
-            raise ValueError(
-                f"{path} is a safetensors file, but not one of statistics; expected one from dq.calibrate"
-            )
-        if header["format_version"] > FORMAT_VERSION:
-            raise ValueError(
-                f"{path} has statistics format {header['format_version']}, this diffusers_dq reads up to"
-                f" {FORMAT_VERSION}: upgrade diffusers_dq"
-            )
-        return cls._from_parts(path, header, tensors)
-
-    @classmethod
-    def _from_parts(
-        cls, path: str | os.PathLike[str], header: dict[str, Any], tensors: dict[str, Tensor]
-    ) -> "Statistics":
-        _check_header(path, header)
-        moments = _MOMENTS if header["about"].get("second_moments") else ()
-        kinds = {name: _SITE_TENSORS + (moments if linears else ()) for name, linears in header["sites"].items()}
-        expected = {"timesteps", "fingerprint"} | {f"{name}/{key}" for name in kinds for key in kinds[name]}
-        try:
-            samples = unpack(header.get("samples", []), tensors)
-        except (KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(
-                f"{path} does not hold the samples its header names ({error!r}); calibrate again"
-            ) from None
-        of_sites = {key for key in tensors if not key.startswith("samples/")}
-        if expected != of_sites:
-            odd = sorted(expected ^ of_sites)
-            raise ValueError(f"{path} does not hold the tensors its header names; missing or extra: {odd[:5]}")
+        content = read(located(path, revision, filename, token))
         sites = {
-            name: SiteStatistics(tuple(linears), *(tensors[f"{name}/{key}"] for key in kinds[name]))
-            for name, linears in header["sites"].items()
+            name: SiteStatistics(linears, *content.sites[name].values()) for name, linears in content.linears.items()
         }
-        statistics = cls(tensors["timesteps"], sites, tensors["fingerprint"], header["about"], samples)
-        try:
-            _check_tensors(statistics)
-        except ValueError as error:
-            raise ValueError(f"{path} is damaged: {error}; calibrate again") from None
-        return statistics
+        return cls(content.timesteps, sites, content.fingerprint, content.about, content.samples)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -342,21 +291,7 @@ class Statistics:
         known = self.about.get("model_class")
         if known != type(model).__name__:
             raise ValueError(f"the statistics are of a {known}, the model is a {type(model).__name__}: calibrate it")
-        fingerprint = fingerprint_of(model)
-        matrices = sum(p.ndim >= 2 and p.is_floating_point() for p in model.parameters())
-        if len(self.fingerprint) == 4 * -(-matrices // max(1, -(-matrices // _FINGERPRINT_TENSORS))):
-            fingerprint = fingerprint[: len(self.fingerprint)]  # as earlier versions took it, of matrices only
-        if fingerprint.shape != self.fingerprint.shape:
-            raise ValueError(
-                f"the statistics are of a {known} of another size ({len(self.fingerprint)} fingerprint values, this"
-                f" model has {len(fingerprint)}): calibrate this model"
-            )
-        # bf16 keeps 8 bits: two roundings of one weight differ by at most 2^-8 of it.
-        if not torch.allclose(fingerprint, self.fingerprint, rtol=2**-7, atol=1e-6):
-            raise ValueError(
-                f"the statistics were taken on a {known} with other weights than this one's: calibrate this"
-                " checkpoint, or load the one the statistics belong to"
-            )
+        check_fingerprint(self.fingerprint, model, known)
         modules = dict(model.named_modules())
         for name, site in self.sites.items():
             for linear in site.linears:
@@ -384,103 +319,8 @@ def _check_groups(parts: Sequence[Statistics]) -> None:
                     )
 
 
-def _check_header(path: str | os.PathLike[str], header: Mapping[str, Any]) -> None:
-    """Raises ValueError for what `save` cannot have written."""
-    about, sites = header["about"], header["sites"]
-    sound = isinstance(about, dict) and isinstance(sites, dict) and isinstance(header.get("samples", []), list)
-    lists = list(sites.values()) if sound else []
-    texts = all(isinstance(linears, list) and all(isinstance(name, str) for name in linears) for linears in lists)
-    if not sound or not texts or type(header["format_version"]) is not int:
-        raise ValueError(
-            f"the header of {path} is damaged: about, sites or samples are of a wrong type; calibrate again"
-        )
-    for key, kind in (("model_class", str), ("dtype", str), ("seed", int), ("calls_done", int), ("descending", bool)):
-        if key in about and type(about[key]) is not kind:
-            raise ValueError(f"the header of {path} is damaged: {key} is {about[key]!r}, {kind.__name__} is expected")
-    done, calls = about.get("calls_done", 0), about.get("calls")
-    if done < 0 or (isinstance(calls, int) and done > calls):
-        raise ValueError(f"the header of {path} is damaged: {done} calls are done of {calls!r}; calibrate again")
-
-
-def _check_tensors(statistics: Statistics) -> None:
-    """Raises ValueError where shapes or dtypes are not those of the docstrings."""
-    steps = len(statistics.timesteps) if statistics.timesteps.ndim else 0
-    _check_tensor("timesteps", statistics.timesteps, torch.float32, (steps,))
-    _check_tensor("fingerprint", statistics.fingerprint, torch.float32, (statistics.fingerprint.numel(),))
-    if not steps or not torch.isfinite(statistics.timesteps).all():
-        raise ValueError(f"its {steps} timesteps are not one number or more")
-    rises = statistics.timesteps.diff() > 0
-    if not (rises.all() or not rises.any() and (statistics.timesteps.diff() < 0).all()):
-        raise ValueError("its timesteps neither fall nor rise from each to the next")
-    for name, site in statistics.sites.items():
-        channels, kept = (
-            site.minimum.shape[-1] if site.minimum.ndim else 0,
-            site.keys.shape[-1] if site.keys.ndim else 0,
-        )
-        for key, tensor in site.tensors().items():
-            shape, dtype = {
-                "min": ((steps, channels), torch.float32),
-                "max": ((steps, channels), torch.float32),
-                "tokens": ((steps, kept, channels), torch.bfloat16),
-                "keys": ((steps, kept), torch.float32),
-                "sums": ((steps, channels), torch.float32),
-                "counts": ((steps,), torch.int64),
-                "products": ((channels, channels), torch.float32),
-            }[key]
-            _check_tensor(f"{name}/{key}", tensor, dtype, shape)
-
-
-def _check_tensor(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    if tensor.dtype != dtype or tensor.shape != shape:
-        raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, {dtype} {shape} is expected")
-
-
 def not_finite(site: str, step: int, timestep: float) -> ValueError:
     return ValueError(
         f"{site} received NaN or infinite values at step {step} (timestep {timestep:g}); statistics of it would be"
         " meaningless. Check the model's dtype (fp16 overflow?) and inputs"
     )
-
-
-def _located(
-    path: str | os.PathLike[str], revision: str | None, filename: str, token: str | bool | None
-) -> str | os.PathLike[str]:
-    """The file itself, downloaded if it is in a repository. What is here wins, as in diffusers."""
-    here = Path(path, filename) if Path(path).is_dir() else Path(path)
-    repository = split_repository(path)
-    if Path(path).exists() and revision is not None:
-        raise ValueError(f"revision={revision!r} is of a repository on the Hub, and {path} is here, on this disk")
-    if here.is_file():
-        return here
-    if Path(path).is_dir():
-        raise IsADirectoryError(f"{path} is a folder without {filename}; a statistics file is expected")
-    if repository is None:
-        raise FileNotFoundError(
-            f"no statistics file at {path}; make one with dq.calibrate(...).save({str(path)!r}), or give a repository"
-            ' on the Hub, "user/repo" or "user/repo@revision"'
-        )
-    repo_id, named = repository
-    if named is not None and revision not in (None, named):
-        raise ValueError(f"{path} names the revision {named!r}, and revision is {revision!r}: give one of them")
-    try:
-        return fetch(repo_id, filename, revision=revision or named, token=token)
-    except (FileNotFoundError, PermissionError, ConnectionError) as error:
-        raise type(error)(f"no statistics: there is no file {here} on this disk, and {error}") from error.__cause__
-
-
-def fingerprint_of(model: nn.Module) -> Tensor:
-    """Four values each of up to 256 matrices spread over the model, then of up to 256 biases, tables of norms and the
-    like, [2048 at most] fp32: the same in any float dtype up to its rounding."""
-    floating = [p for _, p in sorted(model.named_parameters()) if p.is_floating_point() and p.numel()]
-    matrices, vectors = [p for p in floating if p.ndim >= 2], [p for p in floating if p.ndim < 2]
-    return torch.cat([_sampled(matrices), _sampled(vectors)])
-
-
-def _sampled(parameters: Sequence[Tensor]) -> Tensor:
-    stride = max(1, -(-len(parameters) // _FINGERPRINT_TENSORS))
-    samples = []
-    for parameter in parameters[::stride]:
-        flat = parameter.detach().flatten()
-        places = torch.linspace(0, flat.numel() - 1, 4, dtype=torch.float64).long()
-        samples.append(flat[places.to(flat.device)].float().cpu())
-    return torch.cat(samples) if samples else torch.empty(0)

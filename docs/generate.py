@@ -293,7 +293,8 @@ def _about(content: dict[str, Any]) -> str:
             f"{content['date'][:10]}, {content['hardware']}, {content['threads']} thread, torch {torch_version},"
             f" diffusers {diffusers_version}{source}"
         )
-    return "\n\n".join(f"{line}." if line[-1] not in "`.)" else line for line in lines if line)
+    sentences = (line[0].upper() + line[1:] if line[0] != "`" else line for line in lines if line)
+    return "\n\n".join(line if line[-1] in "`.)" else f"{line}." for line in sentences)
 
 
 def _table_command(options: dict[str, Any]) -> str:

@@ -16,7 +16,8 @@ from huggingface_hub import ModelCard
 from support import tiny_pipeline
 
 import diffusers_dq as dq
-from diffusers_dq.cards import Card, integers_of, make_card, read_card, recipe_source
+from diffusers_dq.card_facts import recipe_source
+from diffusers_dq.cards import Card, integers_of, make_card, read_card
 from diffusers_dq.commands import doctor
 from diffusers_dq.evaluation import Comparison
 from diffusers_dq.hub import original

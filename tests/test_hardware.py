@@ -7,7 +7,7 @@ from importlib import metadata
 import pytest
 import torch
 
-from diffusers_dq import cards, hardware
+from diffusers_dq import card_facts, hardware
 from diffusers_dq.benchmark import environment
 from diffusers_dq.commands import doctor
 from diffusers_dq.evaluation.provenance import provenance
@@ -55,7 +55,7 @@ def test_whoever_notes_the_hardware_notes_the_same(cpuinfo):
         provenance("cpu")["hardware"],
         environment.about("cpu")["hardware"],
         doctor._devices()["cpu"]["name"],
-        cards.name_of("cpu"),
+        card_facts.machine(torch.device("cpu"))["hardware"],
     ]
     assert names == ["A 9: fast"] * 4
 

@@ -14,12 +14,13 @@ import diffusers_dq as dq
 import diffusers_dq_kernels as ops
 from diffusers_dq import affine
 from diffusers_dq.config import DQConfig
+from diffusers_dq.fingerprint import fingerprint_of
 from diffusers_dq.inputs import InputMoments, static_range
 from diffusers_dq.linear import QuantizedLinear
 from diffusers_dq.planning import make_plan
 from diffusers_dq.scheme import QuantScheme
 from diffusers_dq.specs import spec_of
-from diffusers_dq.statistics import SiteStatistics, fingerprint_of
+from diffusers_dq.statistics import SiteStatistics
 from diffusers_dq.timesteps import group_of
 from diffusers_dq.transforms import Chain, Rotate, Scale, Shift
 

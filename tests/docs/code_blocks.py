@@ -161,7 +161,7 @@ def _hub_in(folder: Path, patch: pytest.MonkeyPatch) -> None:
     card, is made by the code itself."""
     from huggingface_hub import HfApi
 
-    from diffusers_dq import hub, statistics
+    from diffusers_dq import hub, statistics, statistics_file
 
     def fetch(repo_id: str, filename: str, *, revision: str | None = None, token: Any = None) -> Path:
         file = _place(folder, repo_id, revision) / filename
@@ -176,8 +176,9 @@ def _hub_in(folder: Path, patch: pytest.MonkeyPatch) -> None:
             shutil.copyfile(file, target)
         return SimpleNamespace(commit_url=f"https://huggingface.co/{repo_id}", pr_url=None)
 
-    for module in (hub, statistics):
+    for module in (hub, statistics_file):
         patch.setattr(module, "fetch", fetch)
+    for module in (hub, statistics):
         patch.setattr(module, "send", send)
         patch.setattr(module, "open_repository", lambda api, repo_id, *, private, revision: (repo_id, revision))
     patch.setattr(HfApi, "list_repo_files", lambda self, repo_id, *, revision: [])

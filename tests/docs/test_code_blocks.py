@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every code block of README.md and docs/ runs, with small stand-ins for models of the Hub (code_blocks.py)."""
 
+import json
 import re
 import shlex
 from typing import Any
 
 import pytest
 import torch
+from diffusers import DiTPipeline
 
+import diffusers_dq as dq
+import diffusers_dq_cli
 from diffusers_dq_cli import COMMANDS, load
+from diffusers_dq_cli.completion import LIST
 from docs.code_blocks import PAGES, ROOT, Block, blocks, expected, stand_ins
 
 tomllib = pytest.importorskip("tomllib")  # Python 3.11
@@ -40,7 +45,7 @@ def run(block: Block, namespace: dict[str, Any]) -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_blocks_are_python_shell_or_output(page):
     for block in blocks(page):
-        assert block.language in ("python", *SHELL, "text", ""), f"{block}: nothing checks a {block.language} block"
+        assert block.language in ("python", *SHELL, "text"), f"{block}: nothing checks a block of {block.language!r}"
 
 
 def test_what_is_not_executed_is_rare_and_says_why():
@@ -101,8 +106,34 @@ def test_wrong_commands_are_found():
     assert wrong_with(["pip", "install", ".[eval,none]"]) == "no extra none"
     assert "No such option: --nonesuch" in wrong_with(["diffusers-dq", "evaluate", "MODEL", "--nonesuch", "1"])
     assert "Missing" in wrong_with(["diffusers-dq", "evaluate", "MODEL"])
-    assert "'many'" in wrong_with(["diffusers-dq", "evaluate", "MODEL", "-o", "OUT", "--images", "many"])
+    assert "valid integer" in wrong_with(["diffusers-dq", "evaluate", "MODEL", "-o", "OUT", "--images", "many"])
     assert "expected one of float32" in wrong_with(["diffusers-dq", "inspect", "MODEL", "--dtype", "int8"])
     assert wrong_with(["diffusers-dq", "none"]) == "no command none"
     assert wrong_with(["curl", "x"])
     assert not wrong_with(["diffusers-dq", "evaluate", "MODEL", "--output", "OUT", "--images", "5000"])
+
+
+def test_the_page_on_commands_has_all_of_them_and_their_exit_codes():
+    page = (ROOT / "docs" / "commands.md").read_text()
+    assert re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE) == list(COMMANDS)
+    said = re.search(r"Exit codes: (.+?)\.$", diffusers_dq_cli.__doc__ or "", re.MULTILINE)
+    assert said and re.findall(r"^\| (\d+) \|", page, re.MULTILINE) == re.findall(r"\b\d+(?= )", said[1])
+    offered = {name for command in json.loads(LIST.read_text()).values() for name in _completed(command)}
+    listed = page.partition("and the values of ")[2].partition("are completed")[0]
+    assert set(re.findall(r"`(--[\w-]+)`", listed)) == offered
+
+
+def _completed(options: dict[str, Any]) -> set[str]:
+    """Those whose values completion offers."""
+    return {names.split()[0] for names, option in options.items() if isinstance(option, dict) and option.get("values")}
+
+
+def test_the_hubs_stand_in_keeps_branches_apart(tmp_path):
+    """Or a page that loads another revision than it pushed would run."""
+    with stand_ins(tmp_path):
+        pipe = DiTPipeline.from_pretrained("facebook/DiT-XL-2-256")
+        dq.quantize(pipe, dq.DQConfig("rtn"), progress=False)
+        dq.push_to_hub(pipe, "me/x", revision="candidate")
+        assert DiTPipeline.from_pretrained("me/x", revision="candidate").transformer.is_quantized
+        with pytest.raises(OSError):
+            DiTPipeline.from_pretrained("me/x", local_files_only=True)

@@ -19,10 +19,8 @@ REFERENCE = Path(__file__).parents[2] / "docs" / "reference.md"
 SHOWN = re.findall(r"^::: ([\w.]+)$", REFERENCE.read_text(), re.MULTILINE)
 MODULES = ("torch", "diffusers", "numpy", "math", "json")  # whose names may be said in full
 NAME = re.compile(r"`(_?[A-Za-z]\w*(?:\.\w+)*)(?:\(.*?\))?`")
-# Names that a reader knows, or that the sentence explains, but that no code here has as a parameter.
-KNOWN = {
-    "bf16", "fp32", "fp64", "int8", "int4", "uint8", "int32", "out", "cuda", "cpu", "meta",
-}  # fmt: skip
+# Of diffusers: its pipelines, their loading, and FLUX's names of layers.
+KNOWN = {"pipe", "from_pretrained", "proj_out", "single_transformer_blocks.0.proj_out"}
 
 
 def resolve(name: str) -> Any:

@@ -11,8 +11,6 @@ import pytest
 ROOT = Path(__file__).parents[2]
 # of quality, size or time, with the unit behind it
 FIGURE = re.compile(r"[\d.,]*\d (?:dB|MB|GB|ms|s|seconds|minutes|CPU seconds)\b")
-# What has no such file: what a thing is set to or held to, not measured.
-NOT_MEASURED = ("--max-seconds 60",)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from diffusers import DiTTransformer2DModel
 
 import diffusers_dq as dq
 from diffusers_dq.files import read_tensors, write_tensors
-from diffusers_dq.statistics import fingerprint_of
+from diffusers_dq.fingerprint import fingerprint_of
 
 SITE = "transformer_blocks.1.attn1.to_q"
 PLAIN = dict(method="htg", weight_bits=4)

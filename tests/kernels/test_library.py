@@ -116,7 +116,7 @@ def test_the_reference_is_announced_where_it_stands_in(caplog: pytest.LogCapture
 
 def test_imports_only_torch_and_triton() -> None:
     allowed = {"torch", "triton", *sys.stdlib_module_names}
-    for file in PACKAGE.glob("*.py"):
+    for file in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Import):
                 assert {alias.name.partition(".")[0] for alias in node.names} <= allowed, file

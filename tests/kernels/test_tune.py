@@ -11,7 +11,10 @@ import torch
 
 from diffusers_dq_kernels import _tiles, tune
 from diffusers_dq_kernels._tiles import Tile, bucket_of, look_up, read_table
-from diffusers_dq_kernels.tune import Size, Task
+from diffusers_dq_kernels.tune import _command
+from diffusers_dq_kernels.tune._machines import DryRun
+from diffusers_dq_kernels.tune._problems import Problem, Size, Task, parse_size
+from diffusers_dq_kernels.tune._run import tune as run
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -25,7 +28,7 @@ def shipped_afterwards() -> Iterator[None]:
     _tiles._forget()
 
 
-class Fake(tune.DryRun):
+class Fake(DryRun):
     """times: of a tile.   objections: of a tile; None where there is nothing to say against it."""
 
     def __init__(self, times: Callable[[Tile], float], objections: Callable[[Tile], str | None] = lambda tile: None):
@@ -60,7 +63,7 @@ def test_a_dry_run_writes_a_table_that_the_look_up_uses(tmp_path: Path, capsys: 
 
 def test_the_fastest_is_kept_with_where_it_was_measured(tmp_path: Path) -> None:
     best = Tile(128, 128, 128, 8, 4)
-    table = tune.tune(Fake(lambda tile: 5.0 if tile == best else 8.0), [TASK], tmp_path, say=lambda text: None)
+    table = run(Fake(lambda tile: 5.0 if tile == best else 8.0), [TASK], tmp_path, say=lambda text: None)
     (entry,) = table.ops[NAME]
     assert entry[1:2] == (best,) and entry.key == (2048, 1152, 1152) and entry.rows == 2000
     assert (entry.microseconds, entry.shipped_microseconds) == (5.0, 8.0)
@@ -69,44 +72,44 @@ def test_the_fastest_is_kept_with_where_it_was_measured(tmp_path: Path) -> None:
 
 
 def test_a_little_faster_is_not_worth_a_compilation(tmp_path: Path) -> None:
-    table = tune.tune(Fake(lambda tile: 10.0 if tile == SHIPPED else 9.9), [TASK], tmp_path, say=lambda text: None)
+    table = run(Fake(lambda tile: 10.0 if tile == SHIPPED else 9.9), [TASK], tmp_path, say=lambda text: None)
     assert table.ops[NAME][0].tile == SHIPPED
 
 
 def test_unusable_tiles_are_left_out_and_said(tmp_path: Path) -> None:
     said: list[str] = []
     machine = Fake(lambda tile: -tile.block_m * tile.block_n, lambda tile: "spills" if tile.block_n == 256 else None)
-    table = tune.tune(machine, [TASK], tmp_path, say=said.append)
+    table = run(machine, [TASK], tmp_path, say=said.append)
     assert table.ops[NAME][0].tile.block_n < 256 and table.ops[NAME][0].shipped_microseconds is None
     assert any("(128, 256, 128, 8, 4) left out: spills" in line for line in said) and "shipped unusable" in said[-1]
 
 
 def test_nothing_is_written_where_no_tile_can_be_used(tmp_path: Path) -> None:
-    table = tune.tune(Fake(lambda tile: 1.0, lambda tile: "no"), [TASK], tmp_path, say=lambda text: None)
+    table = run(Fake(lambda tile: 1.0, lambda tile: "no"), [TASK], tmp_path, say=lambda text: None)
     assert table.ops == {} and not any(tmp_path.iterdir())
 
 
 def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path) -> None:
     other = Task("linear_w4a8", Size(64, 1152, 1152))
     first, second = Fake(lambda tile: 1.0), Fake(lambda tile: 2.0)
-    tune.tune(first, [TASK], tmp_path, say=lambda text: None)
+    run(first, [TASK], tmp_path, say=lambda text: None)
     said: list[str] = []
-    table = tune.tune(second, [TASK, other], tmp_path, say=said.append)
+    table = run(second, [TASK, other], tmp_path, say=said.append)
     assert second.timed == [other] and "known from M = 2000, 1.0 us" in said[0]
     assert len(table.ops) == 2 and len(table.sources) == 2
 
 
 def test_a_wrong_result_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tune.Problem, "expected", lambda self, arguments: torch.zeros(1))
+    monkeypatch.setattr(Problem, "expected", lambda self, arguments: torch.zeros(1))
     said: list[str] = []
-    tune.tune(tune.DryRun(), [TASK], tmp_path, say=said.append)
+    run(DryRun(), [TASK], tmp_path, say=said.append)
     assert all("its result is wrong" in line for line in said[:-1]) and "no usable tile" in said[-1]
 
 
 def test_results_are_checked_against_exact_ones() -> None:
     for op in tune.PROBLEMS:
         for tile in (Tile(16, 32, 32, 4, 2), Tile(64, 64, 64, 4, 2)):
-            assert tune.DryRun().objection(op, Size(40, 48, 64), tile) is None
+            assert DryRun().objection(op, Size(40, 48, 64), tile) is None
 
 
 @pytest.mark.parametrize("op", list(tune.PROBLEMS))
@@ -130,7 +133,7 @@ def test_models_have_the_sizes_of_their_linears() -> None:
     for tokens, modulation in tune.MODELS.values():
         assert tokens and modulation
         for size in (*tokens, *modulation):
-            assert size == tune.parse_size(str(size))
+            assert size == parse_size(str(size))
 
 
 def test_without_a_gpu_the_error_says_so(
@@ -160,7 +163,7 @@ def test_bad_arguments(arguments: list[str], message: str, tmp_path: Path, capsy
 def test_an_output_that_cannot_be_written_is_found_before_anything_is_timed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tune, "tune", lambda *arguments: pytest.fail("it times"))
+    monkeypatch.setattr(_command, "tune", lambda *arguments: pytest.fail("it times"))
     (tmp_path / "file").write_text("something")
     (tmp_path / "tables" / "sm_90.json").mkdir(parents=True)
     before = sorted(tmp_path.rglob("*"))
@@ -178,7 +181,7 @@ def test_an_output_that_cannot_be_written_is_found_before_anything_is_timed(
 def test_the_look_at_the_output_leaves_nothing_behind(tmp_path: Path) -> None:
     (tmp_path / "sm_90.json").write_text("something")
     for output in (tmp_path, tmp_path / "new" / "deep"):
-        assert tune._objection_to(output, "sm_90.json") is None
+        assert _command._objection_to(output, "sm_90.json") is None
         assert list(tmp_path.rglob("*")) == [tmp_path / "sm_90.json"]
     assert (tmp_path / "sm_90.json").read_text() == "something"
 
@@ -191,7 +194,7 @@ def test_a_damaged_table_in_the_output_is_named(tmp_path: Path, capsys: pytest.C
 
 
 def test_sizes_in_one_bucket_are_one_task() -> None:
-    tasks = tune._tasks(["linear_w8a8"], ["1100x64x128", "2048x64x128", "2049x64x128"], [])
+    tasks = _command._tasks(["linear_w8a8"], ["1100x64x128", "2048x64x128", "2049x64x128"], [])
     assert [task.size.m for task in tasks] == [1100, 2049] and bucket_of(1100) == 2048
 
 
