@@ -2,8 +2,8 @@
 """Model cards: what is known of a quantized model (card_facts.py), rendered from card_template.md and merged into the
 card that is there.
 
-A card has two parts: metadata, a YAML block of which keys that are there stand unless given anew, and a section between
-two markers, which is replaced as a whole; all other text is people's own.
+A card has two parts: metadata, a YAML block of which keys that are there stand unless given anew, and a section
+between two markers, which is replaced as a whole; all other text is people's own.
 """
 
 import re

@@ -42,12 +42,14 @@ def replacing(target: Path) -> Iterator[Path]:
     Raises OSError, naming target, where it cannot be written, as on a full disk.
     """
     place = Path(os.path.realpath(target))
-    if place.exists() and not (place.is_file() or place.is_dir()):
-        raise OSError(f"cannot write {target}: it is a device or a pipe; give the name of a file")
+    if place.exists() and not place.is_file():
+        raise OSError(f"cannot write {target}: it is a folder, a device or a pipe; give the name of a file")
     try:
         with workplace(place) as folder:
             unfinished = folder / place.name
             yield unfinished
+            if place.exists():
+                shutil.copymode(place, unfinished)
             to_disk(unfinished)
             os.replace(unfinished, place)
     except (SafetensorError, OSError) as error:
@@ -68,12 +70,24 @@ def workplace(target: Path) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(_UNFINISHED, start, target.parent))
     try:
         with (folder / "new").open("w") as lock:
-            if fcntl is not None:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            (folder / "new").rename(folder / _LOCK)  # none sees it before it is held
+            if _held(lock):
+                (folder / "new").rename(folder / _LOCK)  # none sees it before it is held
+            else:
+                (folder / "new").unlink()
             yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _held(lock: IO[str]) -> bool:
+    """False where the file system knows no locks, as some network ones: what killed writers left there stays."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    except OSError:
+        return False
+    return True
 
 
 def _remove_abandoned(parent: Path, start: str) -> None:

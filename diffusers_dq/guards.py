@@ -6,9 +6,10 @@ accelerate's are, never of a class.
 """
 
 import inspect
+import os
 import re
 from collections.abc import Callable, Iterator
-from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from diffusers_dq.linear import QuantizedLinear
 from diffusers_dq.saving import save_whole
 
 _LAYERWISE = "_skip_layerwise_casting_patterns"  # where diffusers looks for what enable_layerwise_casting leaves alone
+_OF_A_PUSH = ("repo_id", "commit_message", "private", "token", "create_pr")  # arguments of save_pretrained
 _CARRIES_NOTHING = "'rtn', 'qdiffusion', 'quarot' or 'qdit'"
 _KNOWN_TUNERS = ("peft.tuners.lora.", "peft.tuners.loha.", "peft.tuners.lokr.")
 
@@ -126,11 +128,24 @@ def _save_config(model: nn.Module, plain: Callable[..., Any], method: str, *args
     return plain(model, *args, **kwargs)
 
 
-def _save_pretrained(model: nn.Module, plain: Callable[..., Any], method: str, *args: Any, **kwargs: Any) -> None:
-    if kwargs.get("is_main_process", True):
-        save_whole(partial(plain, model), *args, **kwargs)
-    else:
-        plain(model, *args, **kwargs)
+def _save_pretrained(
+    model: nn.Module,
+    plain: Callable[..., Any],
+    method: str,
+    save_directory: str | os.PathLike[str],
+    is_main_process: bool = True,
+    *args: Any,
+    push_to_hub: bool = False,
+    **kwargs: Any,
+) -> None:
+    """Each process holds the whole model, so the main one alone writes it. What is pushed is saved here first."""
+    pushed = {name: kwargs.pop(name) for name in _OF_A_PUSH if name in kwargs}
+    if not is_main_process:
+        return
+    save_whole(lambda folder: plain(model, folder, is_main_process, *args, **kwargs), save_directory)
+    if push_to_hub:
+        repo_id = pushed.pop("repo_id", Path(os.path.realpath(save_directory)).name)
+        model.push_to_hub(repo_id, variant=kwargs.get("variant"), **pushed)  # type: ignore[operator]
 
 
 def _fuse_qkv(model: nn.Module, plain: Callable[..., Any], method: str, *args: Any, **kwargs: Any) -> Any:

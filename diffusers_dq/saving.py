@@ -1,50 +1,67 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`save_pretrained` of a quantized model: each file is whole, and a folder that was empty is filled all at once."""
+"""Folders of models: each file is whole, and a folder that was not there appears with all that belongs in it."""
 
 import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from diffusers_dq.files import replacing, to_disk, workplace
+from diffusers_dq.files import to_disk, workplace
 
 _SHARD = re.compile(r"-\d{5}-of-\d{5}(?=\.)")
 _INDEX = re.compile(r"(?P<stem>.+)\.safetensors\.index(?P<variant>\..+)?\.json")
 
 
-def save_whole(save: Callable[..., Any], save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-    """`save(folder, *args, **kwargs)`, diffusers' own, beside `save_directory`; then the files take their places.
+def save_whole(save: Callable[[str], object], save_directory: str | os.PathLike[str]) -> None:
+    """`fill` with what a model's `save(folder)` writes.
 
     Files of other models and variants stay; shards and indexes that this save has not written go, as they would be
     read with it. A process killed while files take their places leaves some of each save: every one whole, and the
-    checksum in config.json notices. Raises OSError where nothing can be written; what was there before is there still.
+    checksum in config.json notices.
     """
-    place = Path(save_directory)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    if kwargs.get("push_to_hub"):
-        kwargs.setdefault("repo_id", place.absolute().name)
-    if not place.is_dir() or not any(place.iterdir()):
-        with replacing(place) as folder:
-            save(str(folder), *args, **kwargs)
-            _all_to_disk(folder)
-        return
-    with workplace(place) as folder:
-        save(str(folder / place.name), *args, **kwargs)
-        _all_to_disk(folder / place.name)
-        written = sorted((folder / place.name).iterdir())
-        for file in written:
-            os.replace(file, place / file.name)
-    families = {family(file.name) for file in written}
+    place = Path(os.path.realpath(save_directory))
+    written = fill(place, save)
+    families = {family(name) for name in written}
     for file in place.iterdir():
-        if family(file.name) in families and file.name not in {new.name for new in written}:
-            file.unlink()
+        if family(file.name) in families and file.name not in written:
+            file.unlink(missing_ok=True)
+
+
+def fill(folder: str | os.PathLike[str], save: Callable[[str], object]) -> set[str]:
+    """`save(elsewhere)`, on the same disk; then what it has written takes its place in `folder`, over what is there.
+
+    A folder that is not there is renamed as a whole. Returns the names of what was written, folders among them.
+    Raises NotADirectoryError for a file, OSError where nothing can be written; what was there before is there still.
+    """
+    place = Path(os.path.realpath(folder))
+    if place.exists() and not place.is_dir():
+        raise NotADirectoryError(f"{folder} is a file; give the path of a folder")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with workplace(place / "saved" if place.is_dir() else place) as beside:
+        whole = beside / "whole"
+        save(str(whole))
+        for path in whole.rglob("*"):
+            to_disk(path)
+        names = {path.name for path in whole.iterdir()}
+        if not _renamed(whole, place):
+            place.mkdir(exist_ok=True)
+            for name in sorted(names):
+                os.replace(whole / name, place / name)
     to_disk(place)
+    return names
 
 
-def _all_to_disk(folder: Path) -> None:
-    for file in folder.iterdir():
-        to_disk(file)
+def _renamed(whole: Path, place: Path) -> bool:
+    """False where a folder is there already, also one that another process has just made."""
+    if place.exists():
+        return False
+    try:
+        whole.rename(place)
+    except OSError:
+        if not place.is_dir():
+            raise
+        return False
+    return True
 
 
 def family(name: str) -> str:

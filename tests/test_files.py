@@ -69,7 +69,7 @@ def test_the_same_content_is_the_same_file(tmp_path):
 
 def test_a_device_is_not_replaced(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(OSError, match="is a device or a pipe"):
+    with pytest.raises(OSError, match="a device or a pipe"):
         write_json(tmp_path / "pipe", {})
     assert [path.name for path in tmp_path.iterdir()] == ["pipe"] and not (tmp_path / "pipe").is_file()
 
@@ -144,17 +144,23 @@ def test_a_link_stays_one(tmp_path):
     assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / "file").read_text() == "after"
 
 
-def test_a_folder_takes_the_place_of_an_empty_one(tmp_path):
-    (tmp_path / "f").mkdir()
-    with pytest.raises(KeyboardInterrupt), replacing(tmp_path / "f") as folder:
-        folder.mkdir()
-        (folder / "half").touch()
-        raise KeyboardInterrupt
-    assert not list((tmp_path / "f").iterdir())
-    with replacing(tmp_path / "f") as folder:
-        folder.mkdir()
-        (folder / "whole").touch()
-    assert [path.name for path in (tmp_path / "f").iterdir()] == ["whole"] and len(list(tmp_path.iterdir())) == 1
+def test_a_file_keeps_its_mode(tmp_path):
+    (tmp_path / "f").touch()
+    (tmp_path / "f").chmod(0o640)
+    write_json(tmp_path / "f", {})
+    assert (tmp_path / "f").stat().st_mode & 0o777 == 0o640
+
+
+def test_a_file_system_without_locks_can_be_written_to(tmp_path, monkeypatch):
+    def unknown(*args):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr("diffusers_dq.files.fcntl.flock", unknown)
+    with replacing(tmp_path / "f") as first:
+        first.write_text("first")
+        write_json(tmp_path / "f", {})
+        assert first.exists(), "not taken for that of a killed process"
+    assert (tmp_path / "f").read_text() == "first" and [path.name for path in tmp_path.iterdir()] == ["f"]
 
 
 def test_strict_json_holds_what_is_not_finite(tmp_path):

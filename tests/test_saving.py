@@ -3,7 +3,10 @@
 
 import gc
 import json
+import os
 import weakref
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -58,9 +61,43 @@ def test_options_of_a_pipelines_save_reach_the_transformer(pipe, tmp_path):
     assert all(torch.equal(loaded[name], tensor) for name, tensor in pipe.transformer.state_dict().items())
 
 
-def test_another_process_than_the_main_one_writes_as_diffusers_does(pipe, tmp_path):
-    pipe.transformer.save_pretrained(tmp_path, is_main_process=False)
-    assert names_in(tmp_path) == {"diffusion_pytorch_model.safetensors"}
+def test_another_process_than_the_main_one_writes_nothing(pipe, tmp_path):
+    pipe.transformer.save_pretrained(tmp_path / "a", is_main_process=False)
+    pipe.transformer.save_pretrained(tmp_path / "a", False)
+    assert names_in(tmp_path) == set()
+
+
+def test_several_processes_may_save_one_model(pipe, tmp_path):
+    """Threads stand for ranks that are not told which of them is the main one."""
+    for i in range(5):
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda folder: pipe.transformer.save_pretrained(folder), [tmp_path / str(i)] * 4))
+        assert names_in(tmp_path / str(i)) == {"config.json", "diffusion_pytorch_model.safetensors"}
+    DiTTransformer2DModel.from_pretrained(tmp_path / "4")
+
+
+@pytest.mark.parametrize("name", [".", "..", "sub/..", "link", ""])
+def test_the_folder_may_be_named_in_any_way(pipe, tmp_path, monkeypatch, name):
+    here = tmp_path / "outer" / "here"
+    (here / "sub").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    (here / "link").symlink_to(tmp_path / "elsewhere")
+    monkeypatch.chdir(here)
+    pipe.transformer.save_pretrained(name or here / "new")
+    place = {".": here, "..": here.parent, "sub/..": here, "link": tmp_path / "elsewhere", "": here / "new"}[name]
+    assert {"config.json", "diffusion_pytorch_model.safetensors"} <= names_in(place)
+    assert names_in(place) <= {"config.json", "diffusion_pytorch_model.safetensors", "here", "sub", "link", "new"}
+    assert Path.cwd() == here and (here / "sub").is_dir() and (here / "link").is_symlink()
+
+
+def test_a_folder_that_is_there_keeps_its_mode(pipe, tmp_path):
+    (tmp_path / "private").mkdir(mode=0o700)
+    pipe.transformer.save_pretrained(tmp_path / "private")
+    pipe.transformer.save_pretrained(tmp_path / "new")
+    os.umask(umask := os.umask(0))
+    assert (tmp_path / "private").stat().st_mode & 0o777 == 0o700
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o777 & ~umask
+    assert (tmp_path / "new" / "config.json").stat().st_mode & 0o777 == 0o666 & ~umask
 
 
 def test_a_file_in_the_place_of_the_folder_stays(pipe, tmp_path):
@@ -70,17 +107,18 @@ def test_a_file_in_the_place_of_the_folder_stays(pipe, tmp_path):
     assert (tmp_path / "f").read_text() == "mine" and names_in(tmp_path) == {"f"}
 
 
-def test_the_repository_is_named_after_the_folder(pipe, tmp_path, monkeypatch):
+def test_what_cannot_be_pushed_is_saved_all_the_same(pipe, tmp_path, monkeypatch):
     class Asked(Exception):
         pass
 
     def asked(repo_id, **settings):
         raise Asked(repo_id)
 
-    monkeypatch.setattr("diffusers.models.modeling_utils.create_repo", asked)
-    with pytest.raises(Asked, match="^dit-w4$"):
-        pipe.transformer.save_pretrained(tmp_path / "dit-w4", push_to_hub=True)
-    assert names_in(tmp_path) == set()
+    monkeypatch.setattr("diffusers.utils.hub_utils.create_repo", asked)
+    for given, name in ((dict(), "dit-w4"), (dict(repo_id="me/dit"), "me/dit")):
+        with pytest.raises(Asked, match=f"^{name}$"):
+            pipe.transformer.save_pretrained(tmp_path / "dit-w4", push_to_hub=True, **given)
+    assert names_in(tmp_path / "dit-w4") == {"config.json", "diffusion_pytorch_model.safetensors"}
 
 
 def test_a_model_that_nothing_else_holds_can_be_saved_and_moved(pipe, tmp_path):

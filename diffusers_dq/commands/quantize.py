@@ -33,7 +33,7 @@ from diffusers_dq.commands.options import (
     config_of,
 )
 from diffusers_dq.evaluation.loading import load_pipeline
-from diffusers_dq.files import replacing
+from diffusers_dq.saving import fill
 from diffusers_dq.statistics import Statistics
 
 
@@ -110,6 +110,4 @@ def save(pipe: DiffusionPipeline, output: Path) -> None:
     if output.is_dir() and any(output.iterdir()):
         pipe.save_pretrained(output)
         return
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(output) as whole:
-        pipe.save_pretrained(whole)
+    fill(output, pipe.save_pretrained)
