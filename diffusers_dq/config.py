@@ -2,6 +2,7 @@
 """The configuration that diffusers carries: what to do, and in a saved model also what was done."""
 
 import copy
+import inspect
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -207,7 +208,7 @@ class DQConfig(QuantizationConfigMixin):
         return recipe
 
     def make_method(self) -> Method:
-        return make_method(self.method, self.options)
+        return make_method(self.method, self.options, _SETTINGS)
 
     def bits_of(self, module: str) -> Bits:
         bits = Bits(self.weight_bits, self.activation_bits)
@@ -288,3 +289,6 @@ def _is_list_of_strings(value: Any) -> bool:
 
 
 __all__ = ["FORMAT_VERSION", "Bits", "DQConfig", "DQMethod"]
+
+
+_SETTINGS = tuple(inspect.signature(DQConfig).parameters)

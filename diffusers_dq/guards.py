@@ -114,7 +114,7 @@ def _to(model: nn.Module, plain: Callable[..., Any], method: str, *args: Any, **
     if asked and asked[0] != model.dtype:
         raise ValueError(
             f"a quantized model cannot be cast: this {type(model).__name__} computes in {model.dtype}, asked for is"
-            f" {asked[0]}. Load it with torch_dtype={asked[0]}; to make another pipeline of its parts,"
+            f" {asked[0]}. Load it with dtype={asked[0]}; to make another pipeline of its parts,"
             f" from_pipe(pipe, torch_dtype={model.dtype}), which casts to float32 unless told otherwise"
         )
     kwargs.pop("dtype", None)

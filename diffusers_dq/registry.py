@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Named parts that announce themselves: a new one is a file and a decorator, no list to edit."""
 
+import difflib
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -32,7 +33,8 @@ class Registry(Generic[T]):
     def __getitem__(self, name: str) -> T:
         """Raises ValueError that lists the known names."""
         if name not in self._entries:
-            raise ValueError(f"unknown {self.kind} {name!r}; known: {', '.join(sorted(self._entries)) or 'none'}")
+            known = f"known: {', '.join(sorted(self._entries)) or 'none'}"
+            raise ValueError(f"unknown {self.kind} {name!r}; {known}{meant(name, self._entries)}")
         return self._entries[name]
 
     def get(self, name: str) -> T | None:
@@ -40,6 +42,12 @@ class Registry(Generic[T]):
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self._entries))
+
+
+def meant(name: Any, known: Iterable[str]) -> str:
+    """The end of a message about a name that is not known."""
+    near = difflib.get_close_matches(str(name), list(known), n=1)
+    return f". Did you mean {near[0]!r}?" if near else ""
 
 
 def import_submodules(package: str) -> None:

@@ -83,6 +83,8 @@ def inspect(model_or_path: Any, component: str | None = None) -> QuantizationRep
         if not folder.is_dir():
             raise FileNotFoundError(f"no folder {folder}; expected a saved pipeline or transformer")
         part = folder / (component or "transformer")
+        if component is not None and not part.is_dir():
+            raise ValueError(f"{folder} holds no {component}; leave component out, or name one that it has")
         place = str(part if part.is_dir() else folder)
         model = model_class(place).from_pretrained(place)
     else:

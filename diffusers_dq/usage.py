@@ -165,7 +165,7 @@ def loading(repo_id: str, *, revision: str = "", subfolder: str = "", dtype: str
     if subfolder:
         given.append(f"subfolder={quoted(subfolder)}")
     if dtype != "float32":
-        given.append(f"torch_dtype=torch.{dtype}")
+        given.append(f"dtype=torch.{dtype}")
     return ", ".join(given)
 
 

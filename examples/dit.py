@@ -24,7 +24,7 @@ HELD_OUT = [dict(class_labels=[88, 207, 279, 360, 387, 417, 974, 979], guidance_
 
 def full_precision(tiny: bool) -> DiTPipeline:
     if not tiny:
-        return DiTPipeline.from_pretrained(MODEL, torch_dtype=torch.bfloat16).to(DEVICE)
+        return DiTPipeline.from_pretrained(MODEL, dtype=torch.bfloat16).to(DEVICE)
     torch.manual_seed(0)
     transformer = DiTTransformer2DModel(
         num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=8, num_layers=2, sample_size=16
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     pipe.save_pretrained(output / "pipeline")
 
     dtype = pipe.transformer.dtype
-    quantized = DiTPipeline.from_pretrained(output / "pipeline", torch_dtype=dtype).to(pipe.device)
+    quantized = DiTPipeline.from_pretrained(output / "pipeline", dtype=dtype).to(pipe.device)
     # Half of the steps that were calibrated: groups go by the timestep's value, not by its number.
     comparison = dq.compare(
         full_precision(arguments.tiny), quantized, HELD_OUT, num_inference_steps=steps // 2, seed=1000

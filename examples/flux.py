@@ -31,7 +31,7 @@ HELD_OUT = ['a wooden sign that reads "quantized" on a mountain path at sunrise,
 
 def full_precision(tiny: bool) -> FluxPipeline:
     if not tiny:
-        return FluxPipeline.from_pretrained(MODEL, torch_dtype=torch.bfloat16)
+        return FluxPipeline.from_pretrained(MODEL, dtype=torch.bfloat16)
     torch.manual_seed(0)
     letters = {letter: i for i, letter in enumerate(["<pad>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
     of_letters = Tokenizer(models.BPE(letters, []))
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     dtype = pipe.transformer.dtype
     del pipe
-    quantized = offloaded(FluxPipeline.from_pretrained(output / "pipeline", torch_dtype=dtype))
+    quantized = offloaded(FluxPipeline.from_pretrained(output / "pipeline", dtype=dtype))
     reference = offloaded(full_precision(tiny))
     comparison = dq.compare(reference, quantized, held_out, num_inference_steps=steps, seed=1000, layers=False)
     comparison.save(output / "comparison")

@@ -34,7 +34,7 @@ PROMPTS = ["a corgi reading a newspaper in a cafe, photograph", "a paper-cut lan
 
 def full_precision(tiny: bool) -> PixArtSigmaPipeline:
     if not tiny:
-        return PixArtSigmaPipeline.from_pretrained(MODEL, torch_dtype=torch.bfloat16)
+        return PixArtSigmaPipeline.from_pretrained(MODEL, dtype=torch.bfloat16)
     torch.manual_seed(0)
     letters = {letter: i for i, letter in enumerate(["<pad>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
     of_letters = Tokenizer(models.BPE(letters, []))
@@ -82,7 +82,7 @@ def main() -> None:
 
     dtype = pipe.transformer.dtype
     del pipe  # makes room for the next
-    pipe = PixArtSigmaPipeline.from_pretrained(output / "pipeline", torch_dtype=dtype).to(state.device)
+    pipe = PixArtSigmaPipeline.from_pretrained(output / "pipeline", dtype=dtype).to(state.device)
     pipe.set_progress_bar_config(disable=True)
     for i in range(rank, len(PROMPTS), processes):
         generator = torch.Generator().manual_seed(1000 + i)

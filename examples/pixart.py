@@ -34,7 +34,7 @@ HELD_OUT = ["a corgi reading a newspaper in a cafe, photograph", "a paper-cut la
 
 def full_precision(tiny: bool) -> PixArtSigmaPipeline:
     if not tiny:
-        return placed(PixArtSigmaPipeline.from_pretrained(MODEL, torch_dtype=torch.bfloat16))
+        return placed(PixArtSigmaPipeline.from_pretrained(MODEL, dtype=torch.bfloat16))
     torch.manual_seed(0)
     letters = {letter: i for i, letter in enumerate(["<pad>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
     of_letters = Tokenizer(models.BPE(letters, []))
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     reference = full_precision(tiny)
     dtype = reference.transformer.dtype
-    quantized = placed(PixArtSigmaPipeline.from_pretrained(output / "pipeline", torch_dtype=dtype))
+    quantized = placed(PixArtSigmaPipeline.from_pretrained(output / "pipeline", dtype=dtype))
     comparison = dq.compare(reference, quantized, held_out, num_inference_steps=steps, seed=1000, layers=False)
     comparison.save(output / "comparison")
     print(f"to full precision: PSNR {comparison.mean_psnr:.1f} dB, SSIM {comparison.mean_ssim:.4f}")

@@ -30,8 +30,8 @@ NEGATIVE = "blurred, static, overexposed, watermark, deformed hands, worst quali
 
 def full_precision(tiny: bool) -> WanPipeline:
     if not tiny:
-        vae = AutoencoderKLWan.from_pretrained(MODEL, subfolder="vae", torch_dtype=torch.float32)
-        return WanPipeline.from_pretrained(MODEL, vae=vae, torch_dtype=torch.bfloat16)
+        vae = AutoencoderKLWan.from_pretrained(MODEL, subfolder="vae", dtype=torch.float32)
+        return WanPipeline.from_pretrained(MODEL, vae=vae, dtype=torch.bfloat16)
     torch.manual_seed(0)
     letters = {letter: i for i, letter in enumerate(["<pad>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
     of_letters = Tokenizer(models.BPE(letters, []))
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # The VAE is given, for all parts of a pipeline are loaded in one dtype and it keeps fp32.
     dtype = pipe.transformer.dtype
-    quantized = offloaded(WanPipeline.from_pretrained(output / "pipeline", vae=pipe.vae, torch_dtype=dtype))
+    quantized = offloaded(WanPipeline.from_pretrained(output / "pipeline", vae=pipe.vae, dtype=dtype))
     reference = offloaded(full_precision(tiny))
     comparison = dq.compare(reference, quantized, held_out, num_inference_steps=steps, seed=1000, layers=False)
     comparison.save(output / "comparison")

@@ -79,6 +79,6 @@ def test_a_file_without_the_samples_it_names_is_refused(dit_statistics, tmp_path
         metadata = file.metadata()
     tensors = load_file(path)
     del tensors["samples/0"]
-    save_file(tensors, path, metadata={"diffusers_dq": metadata["diffusers_dq"]})  # without its checksum
+    save_file(tensors, path, metadata={"diffusers_dq": metadata["diffusers_dq"].partition(" ")[2]})  # no checksum
     with pytest.raises(ValueError, match="samples its header names"):
         dq.Statistics.load(path)

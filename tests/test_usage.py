@@ -166,7 +166,7 @@ def test_what_cannot_be_made_up_is_left_open():
 def test_where_it_is_loaded_from():
     assert loading("a/b") == '"a/b"'
     arguments = loading("a/b", revision='w"4', subfolder="x/y", dtype="bfloat16")
-    assert arguments == '"a/b", revision="w\\"4", subfolder="x/y", torch_dtype=torch.bfloat16'
+    assert arguments == '"a/b", revision="w\\"4", subfolder="x/y", dtype=torch.bfloat16'
     code = transformer_code("diffusers", "DiTTransformer2DModel", arguments)
     assert code.startswith("import torch\n") and ast.parse(code)
     assert "import torch" not in transformer_code("diffusers", "DiTTransformer2DModel", loading("a/b"))

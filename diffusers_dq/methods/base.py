@@ -5,7 +5,7 @@ Where a transform's two halves go, and the rounding itself, are the planner's (p
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
@@ -16,7 +16,7 @@ from diffusers_dq import affine
 from diffusers_dq.checks import check_fields
 from diffusers_dq.low_rank import approximate_factors, is_worth_it
 from diffusers_dq.recipe import Recipe
-from diffusers_dq.registry import Registry
+from diffusers_dq.registry import Registry, meant
 from diffusers_dq.scheme import QuantScheme, fitting_group
 from diffusers_dq.shifting import midpoints
 from diffusers_dq.skewed_steps import draw_steps
@@ -237,13 +237,17 @@ def sites_to_transform(sites: Sequence[Site], online: bool | None) -> list[Site]
 METHODS: Registry[type[Method]] = Registry("method")
 
 
-def make_method(name: str, options: Mapping[str, Any]) -> Method:
-    """Raises ValueError for an unknown method, TypeError for an unknown option; both list the known ones."""
+def make_method(name: str, options: Mapping[str, Any], beside: Iterable[str] = ()) -> Method:
+    """Raises ValueError for an unknown method, TypeError for an unknown option; both list the known ones.
+
+    beside: what may be set besides the method's options, where a wrong name may have been meant for it.
+    """
     method = METHODS[name]
     known = [field.name for field in fields(method.Options)]
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise TypeError(
             f"method {name!r} has no option {', '.join(unknown)}; its options: {', '.join(known) or 'none'}"
+            + meant(unknown[0], [*known, *beside])
         )
     return method(method.Options(**options))
