@@ -24,6 +24,7 @@ from diffusers_dq.noise_correction import NoiseCorrection
 from diffusers_dq.planning import LinearPlan, ModulationPlan, Plan, make_plan
 from diffusers_dq.reconstruction import Reconstructor
 from diffusers_dq.replay import Replay, evaluating, units_of
+from diffusers_dq.repository import named_on_hub
 from diffusers_dq.specs import SPECS, ModelSpec, spec_of, undescribed
 from diffusers_dq.statistics import Statistics
 from diffusers_dq.streaming import unit_moments
@@ -175,6 +176,7 @@ class Conversion:
             dtype=self.dtype,
             step_bits=plan.step_bits,
             noise_correction=None if self.correction is None else tuple(self.correction.mean.shape),  # type: ignore[arg-type]
+            origin=named_on_hub(str(getattr(model, "config", {}).get("_name_or_path") or "")) or None,
             shared=installation.sharing(self.layers, [group.linears for group in self.spec.groups]),
         )
         device = next(iter(self.layers.values())).weight.device if self.layers else "cpu"

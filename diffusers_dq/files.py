@@ -54,8 +54,7 @@ def replacing(target: Path) -> Iterator[Path]:
             os.replace(unfinished, place)
     except (SafetensorError, OSError) as error:
         raise OSError(f"cannot write {target}: {error}. What was there before is there still") from error
-    with suppress(OSError):  # the file is there; some file systems cannot promise its name
-        to_disk(place.parent)
+    to_disk(place.parent)
 
 
 @contextmanager
@@ -91,22 +90,28 @@ def _held(lock: IO[str]) -> bool:
 
 
 def _remove_abandoned(parent: Path, start: str) -> None:
-    for folder in parent.iterdir() if fcntl is not None else ():
-        if folder.name.startswith(start) and folder.name.endswith(_UNFINISHED):
-            with suppress(OSError), (folder / _LOCK).open() as lock:  # an error: held, or no folder of `_workplace`
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder, ignore_errors=True)
+    for name in os.listdir(parent) if fcntl is not None else ():
+        if name.startswith(start) and name.endswith(_UNFINISHED):
+            with suppress(OSError):  # held, or no folder of `workplace`
+                lock = os.open(parent / name / _LOCK, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(parent / name, ignore_errors=True)
+                finally:
+                    os.close(lock)
 
 
 def to_disk(path: Path) -> None:
-    """Of a folder, its names: only POSIX systems open one."""
-    if path.is_dir() and os.name != "posix":
-        return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    """Of a folder, its names, where the file system can promise them."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError:
+        if not path.is_dir():
+            raise
 
 
 def check_writable(path: str | os.PathLike[str]) -> Path:

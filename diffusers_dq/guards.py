@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What diffusers and peft do to a loaded model that would be silently wrong, or half done, on a quantized one.
 
-Each is allowed where it is exact and refused with a reason where it is not. Guards are attributes of the one model, as
-accelerate's are, never of a class.
+Each is allowed where it is exact and refused with a reason where it is not. Models that are not quantized have no
+guards, also those of a class that others were quantized of.
 """
 
-import inspect
+import functools
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -18,19 +18,45 @@ from torch import nn
 from diffusers_dq.linear import QuantizedLinear
 from diffusers_dq.saving import save_whole
 
+_METHOD = "_diffusers_dq_method"  # attribute of a model with guards: what quantized it
+_PLAIN = "_diffusers_dq_plain"  # attribute of a class's method that asks for guards: the method without
 _LAYERWISE = "_skip_layerwise_casting_patterns"  # where diffusers looks for what enable_layerwise_casting leaves alone
 _OF_A_PUSH = ("repo_id", "commit_message", "private", "token", "create_pr")  # arguments of save_pretrained
 _CARRIES_NOTHING = "'rtn', 'qdiffusion', 'quarot' or 'qdit'"
 _KNOWN_TUNERS = ("peft.tuners.lora.", "peft.tuners.loha.", "peft.tuners.lokr.")
 
 
+def _guard_class(kind: Any) -> None:
+    """Have the guarded methods of a class of models ask each model first whether it has guards.
+
+    Methods of the class, since one in the model's own attributes would have to hold the model: in
+    `from_pretrained(...).to("cuda")` nothing else does by the time of the call, and two that hold each other are freed
+    only when Python's collector runs. A class of its own for the model would not be what `from_pipe` looks for.
+    """
+    for name in _GUARDS:
+        plain = getattr(kind, name, None)
+        if plain is not None and not hasattr(plain, _PLAIN):
+            setattr(kind, name, _guarded(name, plain))
+
+
+def _guarded(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(plain)  # pipelines look at its arguments
+    def ask(model: Any, *args: Any, **kwargs: Any) -> Any:
+        method = vars(model).get(_METHOD)
+        if method is None:
+            return plain(model, *args, **kwargs)
+        return _GUARDS[name](model, plain, method, *args, **kwargs)
+
+    setattr(ask, _PLAIN, plain)
+    return ask
+
+
 def protect(model: nn.Module, method: str) -> None:
     """Put the guards on a model that `method` has quantized."""
-    for name in _GUARDS:
-        if hasattr(type(model), name) and name not in vars(model):
-            setattr(model, name, _Guard(name, model, method))
-    quantized = [name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)]
     kept = tuple(getattr(type(model), _LAYERWISE, None) or ())
+    _guard_class(type(model))
+    setattr(model, _METHOD, method)
+    quantized = [name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)]
     setattr(model, _LAYERWISE, (*kept, *(rf"^{re.escape(name)}(\.base_layer)?$" for name in quantized)))
     changed = [name for name in quantized if _changed(model.get_submodule(name))]
     if changed and not any(isinstance(hook, RefuseAdapters) for hook in model._forward_pre_hooks.values()):
@@ -39,9 +65,7 @@ def protect(model: nn.Module, method: str) -> None:
 
 def unprotect(model: nn.Module) -> None:
     """Take them off again."""
-    for name, guard in list(vars(model).items()):
-        if isinstance(guard, _Guard):
-            delattr(model, name)
+    vars(model).pop(_METHOD, None)
     vars(model).pop(_LAYERWISE, None)
     for key, hook in list(model._forward_pre_hooks.items()):
         if isinstance(hook, RefuseAdapters):
@@ -84,33 +108,10 @@ class RefuseAdapters:
         return RefuseAdapters, (self.names, self.method)
 
 
-class _Guard:
-    """One guarded method of one model; a copy of the model has guards of its own.
-
-    It holds the model, as a bound method does: in `from_pretrained(...).to("cuda")` nothing else does by the time of
-    the call. The two are a cycle, which Python's collector frees.
-    """
-
-    def __init__(self, name: str, model: nn.Module, method: str) -> None:
-        self.name = name
-        self.method = method
-        self.model = model
-        self.__signature__ = inspect.signature(getattr(type(model), name).__get__(model))  # pipelines read it
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        plain = getattr(type(self.model), self.name)
-        return _GUARDS[self.name](self.model, plain, self.method, *args, **kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_Guard":
-        return _Guard(self.name, memo.get(id(self.model), self.model), self.method)
-
-    def __reduce__(self) -> tuple[type, tuple[str, nn.Module, str]]:
-        return _Guard, (self.name, self.model, self.method)
-
-
 def _to(model: nn.Module, plain: Callable[..., Any], method: str, *args: Any, **kwargs: Any) -> Any:
     """Casting to the dtype it has is no cast: `from_pipe` and `save_lora_adapter` do it."""
-    asked = [x for x in (*args, kwargs.get("dtype")) if isinstance(x, torch.dtype)]
+    named = [x.dtype if isinstance(x, torch.Tensor) else x for x in (*args, kwargs.get("dtype"), kwargs.get("tensor"))]
+    asked = [x for x in named if isinstance(x, torch.dtype)]
     if asked and asked[0] != model.dtype:
         raise ValueError(
             f"a quantized model cannot be cast: this {type(model).__name__} computes in {model.dtype}, asked for is"

@@ -4,7 +4,6 @@
 import json
 import logging
 import os
-import re
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
@@ -21,7 +20,15 @@ from diffusers_dq.config import DQMethod
 from diffusers_dq.denoise import DENOISERS, denoiser
 from diffusers_dq.evaluation import Comparison
 from diffusers_dq.files import workplace
-from diffusers_dq.repository import explained, fetch, open_repository, send, split_repository
+from diffusers_dq.repository import (
+    cached,
+    explained,
+    fetch,
+    named_on_hub,
+    open_repository,
+    send,
+    split_repository,
+)
 from diffusers_dq.saving import family
 from diffusers_dq.statistics import Statistics
 from diffusers_dq.statistics_file import FILENAME
@@ -31,7 +38,6 @@ logger = logging.getLogger(__name__)
 README = "README.md"
 _WEIGHTS = "diffusion_pytorch_model*"
 _PIPELINE = "model_index.json"
-_SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/")
 
 
 def push_to_hub(
@@ -117,15 +123,15 @@ def push_to_hub(
         base = original(pipe_or_transformer, base_model, token)
         repo_id, parent = open_repository(api, repo_id, private=private, revision=revision)
         card = make_card(pipe_or_transformer, repo_id, base=base, file_bytes=sizes, **about)
-        for key in ("base_model", "license"):
-            if key not in card.metadata:
-                logger.warning("the card of %s says no %s: none is known. Give %s=...", repo_id, key, key)
         with explained("upload", repo_id, revision):
             there = api.list_repo_files(repo_id, revision=parent)
         existing = None
         if README in there:
             existing = fetch(repo_id, README, revision=parent, token=token).read_text(encoding="utf-8-sig")
-        (folder / README).write_text(card.render(existing), encoding="utf-8")
+        text = card.render(existing)
+        for key in {"base_model", "license"} - read_card(text)[0].keys():
+            logger.warning("the card of %s says no %s: none is known. Give %s=...", repo_id, key, key)
+        (folder / README).write_text(text, encoding="utf-8")
         files = {str(file.relative_to(folder).as_posix()): file for file in folder.rglob("*") if file.is_file()}
         written = {_family(file) for file in files}
         return send(
@@ -217,7 +223,10 @@ def _forget_paths(folder: Path) -> None:
     """Out of the configurations that were saved there: where on this disk something came from. What came from the Hub
     is named by its repository."""
     for file in folder.rglob("*.json"):
-        content = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            content = json.loads(file.read_text(encoding="utf-8-sig"))
+        except ValueError:  # of a part that is not ours: it goes as it is
+            continue
         if isinstance(content, dict) and _forget(content):
             file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -225,25 +234,19 @@ def _forget_paths(folder: Path) -> None:
 def _forget(content: dict[str, Any]) -> bool:
     """Whether something was changed."""
     changed = False
-    for key in ("_name_or_path", "name_or_path"):
-        if isinstance(content.get(key), str):
-            known = _named(content[key])
-            changed |= known != content[key]
+    for key, value in list(content.items()):
+        if isinstance(value, dict):
+            changed |= _forget(value)
+        elif isinstance(value, str) and (key in ("_name_or_path", "name_or_path") or key.endswith("_file")):
+            known = value if key.endswith("_file") and not os.path.isabs(value) else named_on_hub(value)
+            changed |= known != value
             content[key] = known
             if not known:
                 del content[key]
     config = content.get("quantization_config")
-    if isinstance(config, dict) and config.get("statistics") and not _named(str(config["statistics"])):
+    if isinstance(config, dict) and config.get("statistics") and not named_on_hub(str(config["statistics"])):
         config["statistics"], changed = None, True
     return changed
-
-
-def _named(source: str) -> str:
-    """The repository on the Hub that a model was loaded from, "" for a place on this disk."""
-    in_cache = _SNAPSHOT.search(Path(source).as_posix() + "/")
-    if in_cache:
-        return f"{in_cache[1]}/{in_cache[2]}"
-    return source if split_repository(source) is not None and not Path(source).exists() else ""
 
 
 def _tell_of_prompts(statistics: Statistics, repo_id: str) -> None:
@@ -318,12 +321,15 @@ def _quantized_from(top: Path, folder: Path) -> str:
     """The repository on the Hub that was quantized and saved to a folder; "" for one that is not of ours, or of a
     model of this disk."""
     configs = [folder / "config.json", *(top / name / "config.json" for name in DENOISERS)]
-    ours = any(
-        (_config_in(file).get("quantization_config") or {}).get("quant_method") == DQMethod.DIFFUSERS_DQ
-        for file in configs
-    )
+    quantizations = [_config_in(file).get("quantization_config") or {} for file in configs]
+    ours = [config for config in quantizations if config.get("quant_method") == DQMethod.DIFFUSERS_DQ]
+    for config in ours:
+        origin = (config.get("result") or {}).get("origin")
+        if isinstance(origin, str) and origin:
+            return origin
     names = (_config_in(file).get("_name_or_path") for file in (top / _PIPELINE, *configs))
-    return next((_named(name) for name in names if isinstance(name, str) and _named(name)), "") if ours else ""
+    known = [named_on_hub(name) for name in names if isinstance(name, str)] if ours else []
+    return next(filter(None, known), "")
 
 
 def _config_in(file: Path) -> dict[str, Any]:
@@ -343,9 +349,8 @@ def _source(pipe_or_transformer: Any) -> str | None:
     name = getattr(pipe_or_transformer, "config", {}).get("_name_or_path")
     if not isinstance(name, str | os.PathLike) or not str(name):
         return None
-    name = os.fspath(name)
-    in_cache = _SNAPSHOT.search(Path(name).as_posix() + "/")
-    return f"{in_cache[1]}/{in_cache[2]}" if in_cache else name
+    in_cache = cached(os.fspath(name))
+    return "/".join(in_cache) if in_cache else os.fspath(name)
 
 
 def _metadata_in(card: Path) -> dict[str, Any]:

@@ -41,6 +41,7 @@ class Description:
     notes: linear -> why it is in full precision or what is odd about it.
     dtype: of the model's unrounded tensors.   step_bits: None where activations are rounded alike in every step.
     noise_correction: steps and channels of the NoiseCorrection, None where there is none.
+    origin: the repository on the Hub that the model came from, None for one of this disk.
     """
 
     linears: Mapping[str, LinearLayout]
@@ -56,6 +57,7 @@ class Description:
     noise_correction: tuple[int, int] | None = None
     softmax: Softmax = "uniform"
     modulations: Mapping[str, ModulationLayout] = field(default_factory=dict)
+    origin: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.dtype, torch.dtype):
@@ -95,6 +97,7 @@ class Description:
         check_argument("descending", self.descending, bool)
         check_argument("attention_bits", self.attention_bits, int)
         check_argument("softmax", self.softmax, Softmax)
+        check_argument("origin", self.origin, str | None)
         if self.attention and self.attention_bits not in ACTIVATION_BITS:
             raise ValueError(f"attention_bits are {ACTIVATION_BITS}, got {self.attention_bits}")
         for field_name in ("tied", "shared", "notes"):

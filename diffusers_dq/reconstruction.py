@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from diffusers_dq.adaround import SoftLinear, annealed, cosine
 from diffusers_dq.affine import QuantizedWeight
 from diffusers_dq.building import folded, low_rank_of
-from diffusers_dq.files import check_writable, read_tensors, write_tensors
+from diffusers_dq.files import OfAnotherRun, check_writable, read_tensors, write_tensors
 from diffusers_dq.linear import QuantizedLinear
 from diffusers_dq.model_inputs import moved
 from diffusers_dq.planning import LinearPlan, Plan
@@ -209,7 +209,7 @@ class Reconstructor:
         mine = json.loads(json.dumps(self.identity))
         differing = [key for key in mine.keys() | identity.keys() if mine.get(key) != identity.get(key)]
         if differing:
-            raise ValueError(
+            raise OfAnotherRun(
                 f"the checkpoint {self.checkpoint} is of another run: {', '.join(sorted(differing))} differ. Quantize"
                 " with the same arguments to resume, or give another checkpoint path to start anew"
             )

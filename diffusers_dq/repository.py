@@ -21,6 +21,7 @@ from huggingface_hub.errors import (
 )
 
 _REPOSITORY = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(?:@(?P<revision>\S+))?")
+_SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/")
 _CLIENTS = "httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3"  # of versions of huggingface_hub
 _SIGN_IN = "sign in with `hf auth login`, set HF_TOKEN, or pass token="
 
@@ -31,6 +32,20 @@ def split_repository(source: Any) -> tuple[str, str | None] | None:
     if found is None or source.startswith((".", "~")) or source.endswith(".safetensors"):
         return None
     return found["repo"], found["revision"]
+
+
+def cached(source: str) -> tuple[str, str] | None:
+    """(user, name) of a repository whose files in the Hub's cache `source` leads to."""
+    found = _SNAPSHOT.search(Path(source).as_posix() + "/")
+    return (found[1], found[2]) if found else None
+
+
+def named_on_hub(source: str) -> str:
+    """The repository on the Hub that a model was loaded from; "" for a place on this disk."""
+    in_cache = cached(source)
+    if in_cache:
+        return "/".join(in_cache)
+    return source if split_repository(source) is not None and not Path(source).exists() else ""
 
 
 def fetch(repo_id: str, filename: str, *, revision: str | None = None, token: str | bool | None = None) -> Path:
@@ -132,7 +147,7 @@ def explained(verb: str, repo_id: str, revision: str | None = None, filename: st
         raise FileNotFoundError(f"cannot {verb} {where}: the repository has no file {filename}") from error
     except HfHubHTTPError as error:
         if error.response.status_code == 429 or error.response.status_code >= 500:
-            raise _unreachable(verb, where, f"({error.response.status_code})") from error
+            raise _unreachable(verb, where, error.response.status_code) from error
         message = _refusal(error, verb, where)
         if message is None:
             raise
@@ -162,12 +177,14 @@ def _refusal(error: HfHubHTTPError, verb: str, where: str) -> str | None:
     return None
 
 
-def _unreachable(verb: str, where: str, status: str = "") -> ConnectionError:
-    """status: of an answer that asks to come back later."""
+def _unreachable(verb: str, where: str, status: int | None = None) -> ConnectionError:
+    """status: of an answer, where there was one."""
     rest = "; nothing of it is visible yet, and whole files are not uploaded again" * (verb == "upload")
     state = "cannot be reached, or broke off. Check the network and run the same again"
-    if status:
-        state = f"is busy or limits how often one may ask {status}. Wait some minutes and run the same again"
+    if status == 429:
+        state = "limits how often one may ask (429). Wait some minutes and run the same again"
+    elif status is not None:
+        state, rest = f"failed ({status}). Look whether it took effect, else run the same again", ""
     return ConnectionError(f"cannot {verb} {where}: {constants.ENDPOINT} {state}{rest}")
 
 

@@ -3,6 +3,7 @@
 
 import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,7 +24,7 @@ def save_whole(save: Callable[[str], object], save_directory: str | os.PathLike[
     written = fill(place, save)
     families = {family(name) for name in written}
     for file in place.iterdir():
-        if family(file.name) in families and file.name not in written:
+        if file.is_file() and family(file.name) in families and file.name not in written:
             file.unlink(missing_ok=True)
 
 
@@ -46,6 +47,8 @@ def fill(folder: str | os.PathLike[str], save: Callable[[str], object]) -> set[s
         if not _renamed(whole, place):
             place.mkdir(exist_ok=True)
             for name in sorted(names):
+                if (place / name).is_file():
+                    shutil.copymode(place / name, whole / name)
                 os.replace(whole / name, place / name)
     to_disk(place)
     return names

@@ -27,6 +27,15 @@ class Snapshot:
         self._values = [(tensor, tensor.data) for tensor in (*model.parameters(), *model.buffers())]
 
     def restore(self) -> None:
+        """Also where it is interrupted: that Ctrl-C is not the first."""
+        while True:
+            try:
+                self._restore()
+            except KeyboardInterrupt:
+                continue
+            return
+
+    def _restore(self) -> None:
         for current, attributes in self._attributes:
             current.clear()
             current.update(attributes)

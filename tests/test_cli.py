@@ -223,7 +223,7 @@ def test_options_of_one_meaning_have_one_name_and_one_help():
             if parameter.param_type_name == "option" and parameter.name not in own:
                 options.setdefault(parameter.name, {}).setdefault((*parameter.opts, parameter.help), []).append(name)
     several = {name: found for name, found in options.items() if len(found) > 1}
-    assert len(options) > 30 and several.keys() <= {"seed", "batch", "steps", "images"}, several
+    assert len(options) > 30 and several.keys() <= {"seed", "batch", "steps", "images", "overwrite"}, several
     assert all(opts[0].startswith("--") for found in options.values() for *opts, _ in found)
 
 

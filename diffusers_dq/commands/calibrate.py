@@ -44,6 +44,7 @@ def calibrate(
         typer.Option(metavar="FILE", help="kept until the end; by default FILE of --output and .checkpoint"),
     ] = None,
     component: Component = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace statistics that are there")] = False,
     device: Device = "",
     dtype: Dtype = "float32",
     json: Json = False,
@@ -54,6 +55,8 @@ def calibrate(
     after Ctrl-C the same command goes on behind the last whole one.
     """
     check_writable(output)
+    if output.exists() and not overwrite:
+        raise FileExistsError(f"{output} is there already: --overwrite replaces it, or give another --output")
     pipe = load_pipeline(model, dtype, device_of(device))
     arguments = conditions.calls_of(pipe)
     checkpoint = checkpoint or output.with_name(f"{output.name}.checkpoint")

@@ -4,6 +4,7 @@
 import functools
 import inspect
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -100,6 +101,8 @@ class Conditions:
         named = [name for name, value in given.items() if value]
         if len(named) > 1:
             raise typer.BadParameter(f"give one of {' and '.join(named)}")
+        if self.guidance is not None and not math.isfinite(self.guidance):
+            raise typer.BadParameter(f"--guidance must be a number, got {self.guidance}")
         for name in key_values("--argument", self.argument).keys() & _OWN_OPTIONS.keys():
             raise typer.BadParameter(f"--argument {name}: it has an option of its own, {_OWN_OPTIONS[name]}")
         self._texts()

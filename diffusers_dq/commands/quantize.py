@@ -33,6 +33,7 @@ from diffusers_dq.commands.options import (
     config_of,
 )
 from diffusers_dq.evaluation.loading import load_pipeline
+from diffusers_dq.files import OfAnotherRun
 from diffusers_dq.saving import fill
 from diffusers_dq.statistics import Statistics
 
@@ -79,10 +80,16 @@ def quantize(
         resumable(pipe, arguments, found, overwrite=overwrite, **sampling)
     learned = output.parent / f"{output.name}.reconstruction"
     learns = settings.recipe.rounding == "adaround"
+    given: dict[str, Any] = dict(statistics=found, component=component, checkpoint=learned if learns else None)
     try:
-        report = dq.quantize(
-            pipe, settings, statistics=found, component=component, checkpoint=learned if learns else None
-        )
+        try:
+            report = dq.quantize(pipe, settings, **given)
+        except OfAnotherRun as error:
+            if not overwrite:
+                raise ValueError(f"{error}, or delete {learned}") from None
+            note(f"{error}: starting anew")
+            learned.unlink()
+            report = dq.quantize(pipe, settings, **given)
         save(pipe, output)
     except KeyboardInterrupt:
         kept = ", ".join(str(place) for place in (found, learned) if place is not None and Path(place).exists())

@@ -169,6 +169,8 @@ dq.quantize(pipe, dq.DQConfig("rtn"), progress=False)
 pipe.save_pretrained(folder)
 dq.push_to_hub(DiTPipeline.from_pretrained(folder), "user/pipeline")
 dq.push_to_hub(DiTPipeline.from_pretrained(folder).transformer, "user/transformer")
+DiTPipeline.from_pretrained(folder).save_pretrained(folder + "/again")
+dq.push_to_hub(DiTPipeline.from_pretrained(folder + "/again"), "user/again")
 full = DiTPipeline.from_pretrained("lab/base")
 full.save_pretrained(folder + "/full")
 tuned = DiTPipeline.from_pretrained(folder + "/full")
@@ -177,7 +179,7 @@ dq.push_to_hub(tuned, "user/tuned")
 """,
         folder=str(tmp_path / "q"),
     )
-    for name in ("pipeline", "transformer"):
+    for name in ("pipeline", "transformer", "again"):
         text = hub.repositories[f"user/{name}"].files()["README.md"].decode()
         assert "base_model: lab/base\n" in text and "license: cc-by-nc-4.0\n" in text
     tuned = hub.repositories["user/tuned"].files()["README.md"].decode()

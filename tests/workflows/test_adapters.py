@@ -325,12 +325,32 @@ def test_dequantizing_keeps_the_adapter(flux, loras, run_flux):
     pipe.fuse_lora()
 
 
-def test_the_collector_frees_a_model_with_its_guards(flux):
+def test_guards_do_not_keep_the_model_alive(flux):
     pipe = flux("rtn")
     freed = weakref.ref(pipe.transformer)
-    pipe.transformer = None
-    gc.collect()
-    assert freed() is None
+    gc.disable()
+    try:
+        pipe.transformer = None
+        assert freed() is None
+    finally:
+        gc.enable()
+
+
+def test_a_shallow_copy_is_guarded_itself(flux):
+    model = flux("rtn").transformer
+    twin = copy.copy(model)
+    assert twin.to("cpu") is twin
+    with pytest.raises(ValueError, match="cannot be cast"):
+        twin.to(torch.zeros(1, dtype=torch.float64))
+
+
+def test_guards_are_of_quantized_models_alone(flux):
+    model, plain = flux("rtn").transformer, flux().transformer
+    with pytest.raises(ValueError, match="cannot be cast"):
+        model.to(torch.float64)
+    assert plain.to(torch.float64).dtype == torch.float64, "of the same class"
+    model.dequantize()
+    assert model.to(torch.float64).dtype == torch.float64
 
 
 @pytest.mark.parametrize("kind", ["leaf_level", "block_level"])
