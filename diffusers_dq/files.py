@@ -182,8 +182,16 @@ class Checksum:
 
 
 def write_tensors(target: Path, tensors: Mapping[str, Tensor], header: Any) -> None:
-    """One safetensors file.   header: JSON-able.   Raises OSError as `replacing` does."""
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    """One safetensors file.   header: JSON-able.   tensors: those that share memory are written each.
+
+    Raises OSError as `replacing` does.
+    """
+    contiguous: dict[str, Tensor] = {}
+    places: set[int] = set()
+    for name, tensor in tensors.items():
+        shared = tensor.untyped_storage().data_ptr() in places
+        contiguous[name] = tensor.clone(memory_format=torch.contiguous_format) if shared else tensor.contiguous()
+        places.add(contiguous[name].untyped_storage().data_ptr())
     text = json.dumps(header)
     # in one entry: safetensors writes several in any order, and the same statistics must be the same file
     metadata = {_KEY: f"{Checksum.of(contiguous).with_text(text)} {text}"}

@@ -59,6 +59,14 @@ def test_what_is_written_is_read(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["f"]
 
 
+def test_tensors_that_share_memory_are_written_each(tmp_path):
+    whole = torch.arange(6.0)
+    tensors = {"a": whole, "b": whole, "c": whole[2:], "d": whole.view(2, 3).T}
+    write_tensors(tmp_path / "f", tensors, {})
+    found = read_tensors(tmp_path / "f")[1]
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+
+
 def test_the_same_content_is_the_same_file(tmp_path):
     contents = set()
     for i in range(8):

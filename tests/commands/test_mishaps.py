@@ -200,3 +200,36 @@ def test_a_text_to_video_pipeline_from_end_to_end(tmp_path):
     )
     with Image.open(content["pictures"][0]["file"]) as video:
         assert video.format == "WEBP" and video.n_frames > 1
+
+
+def test_statistics_are_not_overwritten_unasked(dit_folder, tmp_path):
+    command = ("calibrate", dit_folder, "--output", tmp_path / "s", "--steps", 2, *LABELS)
+    invoke(*command)
+    before = (tmp_path / "s").read_bytes()
+    assert f"{tmp_path / 's'} is there already: --overwrite" in invoke(*command, exit_code=1).stderr
+    assert (tmp_path / "s").read_bytes() == before
+    invoke(*command[: -len(LABELS)], *LABELS, "--seed", 3, "--overwrite")
+    assert dq.Statistics.load(tmp_path / "s").about["seed"] == 3
+
+
+def test_what_was_learned_for_other_bits_is_replaced_only_with_overwrite(dit_folder, tmp_path, monkeypatch):
+    learned = ("--option", "rounding=adaround", "--option", 'reconstruction={"iterations": 1, "unit": "block"}')
+    given = ("--method", "ptq4dit", "--steps", 3, *LABELS, *learned)
+    command = ("quantize", dit_folder, "--output", tmp_path / "q", *given)
+    with monkeypatch.context() as patch:
+
+        def interrupted(*args):
+            raise KeyboardInterrupt
+
+        patch.setattr("diffusers_dq.commands.quantize.save", interrupted)
+        invoke(*command, "--weight-bits", 4, exit_code=130)
+    other = (*command, "--weight-bits", 8)
+    assert f"or delete {tmp_path / 'q.reconstruction'}" in invoke(*other, exit_code=1).stderr
+    assert "starting anew" in invoke(*other, "--overwrite").stderr
+    assert not (tmp_path / "q.reconstruction").exists()
+
+
+@pytest.mark.parametrize("guidance", ["nan", "inf"])
+def test_a_guidance_that_is_no_number_is_refused(dit_folder, tmp_path, guidance):
+    given = ("--output", tmp_path / "g", "--guidance", guidance)
+    assert "must be a number" in " ".join(invoke("generate", dit_folder, *given, exit_code=2).stderr.split())
