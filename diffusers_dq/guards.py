@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What diffusers and peft do to a loaded model that would be silently wrong, or half done, on a quantized one.
 
-Each is allowed where it is exact and refused with a reason where it is not. Models that are not quantized have no
-guards, also those of a class that others were quantized of.
+Each is allowed where it is exact and refused with a reason where it is not. Diffusers' own classes stay as they are: a
+quantized model is of a class that is made of its own.
 """
 
 import functools
@@ -19,42 +19,66 @@ from diffusers_dq.linear import QuantizedLinear
 from diffusers_dq.saving import save_whole
 
 _METHOD = "_diffusers_dq_method"  # attribute of a model with guards: what quantized it
-_PLAIN = "_diffusers_dq_plain"  # attribute of a class's method that asks for guards: the method without
 _LAYERWISE = "_skip_layerwise_casting_patterns"  # where diffusers looks for what enable_layerwise_casting leaves alone
 _OF_A_PUSH = ("repo_id", "commit_message", "private", "token", "create_pr")  # arguments of save_pretrained
 _CARRIES_NOTHING = "'rtn', 'qdiffusion', 'quarot' or 'qdit'"
 _KNOWN_TUNERS = ("peft.tuners.lora.", "peft.tuners.loha.", "peft.tuners.lokr.")
 
 
-def _guard_class(kind: Any) -> None:
-    """Have the guarded methods of a class of models ask each model first whether it has guards.
+class _StandsFor(type):
+    """Of classes that equal the one they are made of: `from_pipe` looks for a model's very class in a list."""
 
-    Methods of the class, since one in the model's own attributes would have to hold the model: in
-    `from_pretrained(...).to("cuda")` nothing else does by the time of the call, and two that hold each other are freed
-    only when Python's collector runs. A class of its own for the model would not be what `from_pipe` looks for.
+    def __eq__(cls, other: object) -> bool:
+        return other is cls or other is cls.__bases__[1]
+
+    def __hash__(cls) -> int:
+        return hash(cls.__bases__[1])
+
+
+class Guarded:
+    """What a quantized model is besides its own class, which it goes back to when it is dequantized.
+
+    A class, and no attributes of the model: they would have to hold it, as in `from_pretrained(...).to("cuda")`
+    nothing else does by the time of the call, and two that hold each other are freed only when the collector runs.
     """
-    for name in _GUARDS:
-        plain = getattr(kind, name, None)
-        if plain is not None and not hasattr(plain, _PLAIN):
-            setattr(kind, name, _guarded(name, plain))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Classes that are made while a program runs have no name by which a pickle, or a copy, could find them."""
+        made: Any = super().__reduce_ex__(protocol)
+        _, (kind, *arguments), *rest = made
+        return _new, (kind.__bases__[1], *arguments), *rest
 
 
-def _guarded(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
+@functools.cache
+def _guarded(kind: Any) -> Any:
+    """A class of the same name, the guarded methods of which ask first.   kind: of a model that is not quantized."""
+    own = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
+    methods = {name: _guard(name, getattr(kind, name)) for name in _GUARDS if hasattr(kind, name)}
+    return _StandsFor(kind.__name__, (Guarded, kind), own | methods)
+
+
+def _new(kind: type, *arguments: Any) -> Any:
+    made = _guarded(kind)
+    return made.__new__(made, *arguments)
+
+
+def _guard(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(plain)  # pipelines look at its arguments
-    def ask(model: Any, *args: Any, **kwargs: Any) -> Any:
+    def guarded(model: Any, *args: Any, **kwargs: Any) -> Any:
         method = vars(model).get(_METHOD)
-        if method is None:
+        if method is None:  # type(model).from_pretrained(...) makes models of this class that may not be quantized
             return plain(model, *args, **kwargs)
         return _GUARDS[name](model, plain, method, *args, **kwargs)
 
-    setattr(ask, _PLAIN, plain)
-    return ask
+    return guarded
 
 
 def protect(model: nn.Module, method: str) -> None:
     """Put the guards on a model that `method` has quantized."""
     kept = tuple(getattr(type(model), _LAYERWISE, None) or ())
-    _guard_class(type(model))
+    kind: Any = type(model)
+    if not isinstance(model, Guarded):
+        model.__class__ = _guarded(kind)
     setattr(model, _METHOD, method)
     quantized = [name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)]
     setattr(model, _LAYERWISE, (*kept, *(rf"^{re.escape(name)}(\.base_layer)?$" for name in quantized)))
@@ -65,6 +89,8 @@ def protect(model: nn.Module, method: str) -> None:
 
 def unprotect(model: nn.Module) -> None:
     """Take them off again."""
+    if isinstance(model, Guarded):
+        model.__class__ = type(model).__bases__[1]
     vars(model).pop(_METHOD, None)
     vars(model).pop(_LAYERWISE, None)
     for key, hook in list(model._forward_pre_hooks.items()):

@@ -17,6 +17,7 @@ class Snapshot:
     """
 
     def __init__(self, model: nn.Module, *others: Any) -> None:
+        self._classes = [(module, type(module)) for module in model.modules()]
         self._attributes = [(vars(owner), dict(vars(owner))) for owner in (*model.modules(), *others)]
         self._containers = [
             (value, value.copy())
@@ -36,6 +37,8 @@ class Snapshot:
             return
 
     def _restore(self) -> None:
+        for module, kind in self._classes:
+            module.__class__ = kind
         for current, attributes in self._attributes:
             current.clear()
             current.update(attributes)

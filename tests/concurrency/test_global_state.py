@@ -14,6 +14,7 @@ from support import CALLS
 import diffusers_dq as dq
 
 CACHES = {
+    "diffusers_dq.guards._guarded": "of a class of models",
     "diffusers_dq_kernels._gemm.capability": "of a device",
     "diffusers_dq_kernels._int_matmul.int_mm_caveat": "of torch's build and the processor",
     "diffusers_dq_kernels._library.announce": "what has been said once",

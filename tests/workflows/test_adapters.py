@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiTPipeline, FluxTransformer2DModel
+from diffusers import DiTPipeline, DiTTransformer2DModel, FluxTransformer2DModel, ModelMixin
 from peft import LoKrConfig, LoraConfig, OFTConfig, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
@@ -349,7 +349,12 @@ def test_guards_are_of_quantized_models_alone(flux):
     with pytest.raises(ValueError, match="cannot be cast"):
         model.to(torch.float64)
     assert plain.to(torch.float64).dtype == torch.float64, "of the same class"
+    kind = type(model)
+    assert kind in [FluxTransformer2DModel] and kind not in [DiTTransformer2DModel], "as from_pipe looks"
+    assert (kind.__name__, kind.__module__) == ("FluxTransformer2DModel", FluxTransformer2DModel.__module__)
+    assert FluxTransformer2DModel.save_pretrained is ModelMixin.save_pretrained, "diffusers' own class is as it was"
     model.dequantize()
+    assert type(model) is FluxTransformer2DModel
     assert model.to(torch.float64).dtype == torch.float64
 
 
