@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from enum import Enum
+from enum import StrEnum
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ FORMAT_VERSION = 1
 _OVERRIDABLE = ("weight_bits", "activation_bits", "group_size")
 
 
-class DQMethod(str, Enum):
+class DQMethod(StrEnum):
     """diffusers reads `quant_method.value`, so a plain string will not do."""
 
     DIFFUSERS_DQ = "diffusers_dq"

@@ -23,7 +23,7 @@ def about(device: str, commit: str | None = None) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "versions": versions(_PACKAGES) | {"cuda": torch.version.cuda},
         "driver": output_of(driver) if device == "cuda" else None,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         **(source(*_GENERATED) if commit is None else {"commit": commit, "dirty": None}),
     }
 

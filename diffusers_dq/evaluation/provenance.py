@@ -23,7 +23,7 @@ _PACKAGES = (
 def provenance(device: str) -> dict[str, Any]:
     """JSON-able. commit, dirty: of the checkout that runs; None where the package is installed without git."""
     return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": versions(_PACKAGES),
         "hardware": name_of(device),
         "threads": torch.get_num_threads(),

@@ -82,7 +82,7 @@ def _provenance(machine: Machine) -> dict[str, str]:
         "gpu": machine.name,
         "torch": torch.__version__,
         "triton": "none" if _triton.MISSING else str(_triton.triton.__version__),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
     }
 
