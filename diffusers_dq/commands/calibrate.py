@@ -44,7 +44,9 @@ def calibrate(
         typer.Option(metavar="FILE", help="kept until the end; by default FILE of --output and .checkpoint"),
     ] = None,
     component: Component = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace statistics that are there")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="replace statistics that are there, and a checkpoint of another run")
+    ] = False,
     device: Device = "",
     dtype: Dtype = "float32",
     json: Json = False,
@@ -61,7 +63,8 @@ def calibrate(
     arguments = conditions.calls_of(pipe)
     checkpoint = checkpoint or output.with_name(f"{output.name}.checkpoint")
     settings: dict[str, Any] = dict(second_moments=second_moments, samples=samples, component=component)
-    statistics = resumable(pipe, arguments, checkpoint, num_inference_steps=steps, seed=seed, **settings)
+    settings |= dict(num_inference_steps=steps, seed=seed)
+    statistics = resumable(pipe, arguments, checkpoint, overwrite=overwrite, **settings)
     statistics.save(output)
     checkpoint.unlink(missing_ok=True)
     content = {

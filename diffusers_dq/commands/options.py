@@ -27,6 +27,13 @@ _OWN_OPTIONS = {
 }
 _DEFAULT_LABELS = 16  # pictures that a class-conditional model makes when nothing is said
 
+
+def _known(dtype: str) -> str:
+    if dtype not in DTYPES:
+        raise typer.BadParameter(f"expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    return dtype
+
+
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL)]
 Guidance = Annotated[float | None, typer.Option("--guidance", help="guidance scale; by default the pipeline's")]
 Prompts = Annotated[Path | None, typer.Option("--prompts", metavar="FILE", help="text file, a prompt a line")]
@@ -62,7 +69,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="write into a folde
 Device = Annotated[str, typer.Option("--device", help="as cpu or cuda:1; by default a GPU where there is one")]
 Dtype = Annotated[
     str,
-    typer.Option("--dtype", help=f"of what is not quantized: {', '.join(DTYPES)}", callback=lambda name: _known(name)),
+    typer.Option("--dtype", help=f"of what is not quantized: {', '.join(DTYPES)}", callback=_known),
 ]
 Component = Annotated[
     str | None, typer.Option("--component", metavar="NAME", help=f"of a pipeline with two: {' or '.join(DENOISERS)}")
@@ -182,12 +189,6 @@ def calling(command: Callable[..., None]) -> Callable[..., None]:
         parameters += options if parameter.annotation is Conditions else [own]
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return run
-
-
-def _known(dtype: str) -> str:
-    if dtype not in DTYPES:
-        raise typer.BadParameter(f"expected one of {', '.join(DTYPES)}, got {dtype!r}")
-    return dtype
 
 
 def config_of(

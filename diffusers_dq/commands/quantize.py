@@ -34,6 +34,7 @@ from diffusers_dq.commands.options import (
 )
 from diffusers_dq.evaluation.loading import load_pipeline
 from diffusers_dq.files import OfAnotherRun
+from diffusers_dq.report import QuantizationReport
 from diffusers_dq.saving import fill
 from diffusers_dq.statistics import Statistics
 
@@ -80,21 +81,18 @@ def quantize(
         resumable(pipe, arguments, found, overwrite=overwrite, **sampling)
     learned = output.parent / f"{output.name}.reconstruction"
     learns = settings.recipe.rounding == "adaround"
-    given: dict[str, Any] = dict(statistics=found, component=component, checkpoint=learned if learns else None)
+    given: dict[str, Any] = dict(statistics=found, component=component)
     try:
-        try:
-            report = dq.quantize(pipe, settings, **given)
-        except OfAnotherRun as error:
-            if not overwrite:
-                raise ValueError(f"{error}, or delete {learned}") from None
-            note(f"{error}: starting anew")
-            learned.unlink()
+        if learns:
+            report = learning(pipe, settings, learned, overwrite=overwrite, **given)
+        else:
             report = dq.quantize(pipe, settings, **given)
         save(pipe, output)
     except KeyboardInterrupt:
         kept = ", ".join(str(place) for place in (found, learned) if place is not None and Path(place).exists())
         raise KeyboardInterrupt(f"the same command goes on from {kept or 'the start'}") from None
-    learned.unlink(missing_ok=True)
+    if learns:
+        learned.unlink(missing_ok=True)
     content = {
         "output": output,
         "method": report.method,
@@ -109,6 +107,20 @@ def quantize(
     emit(content, text, as_json=json)
     if all(row.bits == "W16A16" for row in report.quantized):
         note("nothing was rounded: every linear has 16 bits or was left out")
+
+
+def learning(
+    pipe: DiffusionPipeline, settings: dq.DQConfig, checkpoint: Path, *, overwrite: bool, **given: Any
+) -> QuantizationReport:
+    """`dq.quantize` with a checkpoint.   overwrite: one of another run is replaced. Raises ValueError without it."""
+    try:
+        return dq.quantize(pipe, settings, checkpoint=checkpoint, **given)
+    except OfAnotherRun as error:
+        if not overwrite:
+            raise ValueError(f"{error}, or delete {checkpoint}") from None
+        note(f"{error}: starting anew")
+        checkpoint.unlink()
+        return dq.quantize(pipe, settings, checkpoint=checkpoint, **given)
 
 
 def save(pipe: DiffusionPipeline, output: Path) -> None:

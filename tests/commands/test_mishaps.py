@@ -118,6 +118,12 @@ def test_what_the_options_say_reaches_the_calibration(dit_folder, tmp_path):
     assert dq.Statistics.load(tmp_path / "q.statistics.safetensors").about["seed"] == 9
 
 
+def test_a_file_that_is_not_of_learning_stays(dit_folder, tmp_path):
+    (tmp_path / "q.reconstruction").write_text("mine")
+    invoke("quantize", dit_folder, "--output", tmp_path / "q", "--method", "rtn", "--device", "cpu")
+    assert (tmp_path / "q.reconstruction").read_text() == "mine"
+
+
 def test_nothing_to_quantize_is_said(dit_folder, tmp_path):
     given = ("--method", "rtn", "--weight-bits", 16, "--activation-bits", 16, "--device", "cpu")
     assert "nothing was rounded" in invoke("quantize", dit_folder, "--output", tmp_path / "q", *given).stderr
